@@ -1,0 +1,70 @@
+"""Errors that say what, where, what was found, what was expected, and how to mend it."""
+
+from importlib import import_module
+from typing import Any
+
+
+class LimbeckError(Exception):
+    """One clear message; the command line prints it without a traceback and exits with `exit_code`.
+
+    Args:
+        what: The problem in one short sentence.
+        where: The field, file, role or line it concerns.
+        found: What was there.
+        expected: What should have been there.
+        fix: What to do about it, in words or as a command.
+
+    Example:
+        >>> print(UsageError("unknown method", where="method.name", found="kdd", fix="limbeck methods lists them"))
+        unknown method
+          where: method.name
+          found: kdd
+          fix: limbeck methods lists them
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self, what: str, *, where: object = None, found: object = None, expected: object = None, fix: str | None = None
+    ) -> None:
+        self.what, self.where, self.found, self.expected, self.fix = what, where, found, expected, fix
+        parts = {"where": where, "found": found, "expected": expected, "fix": fix}
+        super().__init__("\n  ".join([what, *(f"{k}: {v}" for k, v in parts.items() if v is not None)]))
+
+
+class UsageError(LimbeckError):
+    """A recipe, argument, file or model that cannot work; found before any work is done (exit code 2)."""
+
+    exit_code = 2
+
+
+class RunError(LimbeckError):
+    """A run that had to stop (exit code 1)."""
+
+
+def require(module: str, extra: str) -> Any:
+    """Import a module of an optional extra, or say which extra to install.
+
+    Args:
+        module: Dotted module name, such as `"timm"`.
+        extra: The extra of Limbeck that brings it, such as `"vision"`.
+
+    Returns:
+        The imported module.
+
+    Raises:
+        UsageError: The module is not installed.
+
+    Example:
+        >>> require("json", extra="core").dumps([1])
+        '[1]'
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module.startswith(error.name.split(".")[0]):
+            raise
+        raise UsageError(
+            f"the package '{module.split('.')[0]}' is needed here and not installed",
+            fix=f'pip install "limbeck[{extra}]"',
+        ) from None

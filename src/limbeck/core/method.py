@@ -1,0 +1,88 @@
+"""A method is a program that yields stages; a step yields updates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from limbeck.core.batch import Batch
+from limbeck.core.roles import Roles
+from limbeck.core.stages import Stage, Step, Train
+from limbeck.core.update import Update
+
+
+class Method:
+    """Base of all methods: a frozen dataclass whose fields are hyper-parameters only; it holds no state.
+
+    A loss between a student and a teacher needs `step` alone. A chain of stages overrides `stages`. The hooks are called by
+    the engine; in a loop of one's own one calls them where they are needed.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> @dataclass(frozen=True)
+        ... class Mimic(Method):
+        ...     weight: float = 1.0
+        ...     def step(self, m, batch):
+        ...         with torch.no_grad():
+        ...             t = m.teacher(batch)
+        ...         return self.weight * (m.student(batch) - t).square().mean()
+        >>> m = Roles(teacher=torch.nn.Linear(2, 1), student=torch.nn.Linear(2, 1))
+        >>> [u.role for u in updates(Mimic().step, m, Batch(x=torch.ones(3, 2)), "student")]
+        ['student']
+    """
+
+    trains: ClassVar[tuple[str, ...]] = ("student",)
+    frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+
+    def stages(self, m: Roles, data: Any) -> Iterator[Stage]:
+        """The program; by default one training stage on `data.train`."""
+        yield Train(self.step, roles=dict.fromkeys(self.trains), frozen=self.frozen, data=data.train)
+
+    def step(self, m: Roles, batch: Batch) -> Iterator[Update] | Tensor | Update:
+        """One step on one batch."""
+        raise TypeError(f"{type(self).__name__} defines neither step nor stages")
+
+    def check(self, m: Roles, batch: Batch) -> None:
+        """Raise a `UsageError` for models and data that this method cannot work with; runs before the first step."""
+
+    def select(self, m: Roles, epoch: int) -> Tensor | None:
+        """The sample ids to train on in this epoch `[N]`; None for all of them."""
+        return None
+
+    def after_update(self, m: Roles, role: str) -> None:
+        """After the optimizer of `role` has stepped: clip a head, put a mask back."""
+
+    def after_epoch(self, m: Roles, epoch: int) -> None:
+        """After an epoch; may convert a role with `engine`-tracked surgery."""
+
+    def after_stage(self, m: Roles, stage: Stage) -> None:
+        """After a stage has ended."""
+
+    def before_evaluate(self, m: Roles) -> None:
+        """Before roles are evaluated: recalibrate statistics, say."""
+
+
+def updates(step: Step, m: Roles, batch: Batch, role: str | None = None) -> Iterator[Update]:
+    """The updates of one step, whichever form the step has.
+
+    Args:
+        step: A generator function, or a function that returns an update or a loss.
+        m: The roles.
+        batch: The batch.
+        role: The role that a bare loss belongs to.
+
+    Yields:
+        The updates, in program order.
+    """
+    result = step(m, batch)
+    if isinstance(result, Tensor):
+        if role is None:
+            raise TypeError("a step that returns a bare loss needs exactly one training role")
+        yield Update(role, result)
+    elif isinstance(result, Update):
+        yield result
+    else:
+        yield from result

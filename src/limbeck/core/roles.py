@@ -1,0 +1,209 @@
+"""The named models of a program, and the counters it may look at."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.adapt import call, main_output
+from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
+
+
+class Role:
+    """One model under its name: called like the model, returns the tensor that losses are about.
+
+    Attributes that are not its own come from the module, so `m.student.fc.weight` works.
+
+    Args:
+        name: The role's name.
+        module: The model.
+        preprocess: What is done to the input first, such as this model's own normalisation.
+    """
+
+    def __init__(self, name: str, module: nn.Module, preprocess: Callable[[Any], Any] | None = None) -> None:
+        if not isinstance(module, nn.Module):
+            raise UsageError(
+                "a role is not a module", where=name, found=type(module).__name__, expected="torch.nn.Module"
+            )
+        self.name, self.module, self.preprocess = name, module, preprocess
+        self.forward: Callable[..., Any] = module  # the compiled module, where one was asked for
+        self.frozen = False
+
+    def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """The logits or embedding for `x`, a batch (its field `x` is used) or a model input."""
+        return main_output(self.raw(x, *args, **kwargs))
+
+    def raw(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """The model's whole output for `x`."""
+        if isinstance(x, Batch):
+            x = x.x
+        if self.preprocess is not None:
+            x = self.preprocess(x)
+        return call(self.forward, x, *args, **kwargs)
+
+    def features(self, x: Any, *paths: str, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """The output for `x`, and the outputs of the submodules named by dotted path on the way.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 4))
+            >>> logits, taps = Role("student", net).features(torch.ones(1, 2), "1")
+            >>> logits.shape, taps["1"].shape
+            (torch.Size([1, 4]), torch.Size([1, 3]))
+        """
+        taps: dict[str, Any] = {}
+        hooks = []
+        try:
+            for path in paths:
+                hooks.append(find(self.module, path, self.name).register_forward_hook(partial(_keep, taps, path)))
+            x = x.x if isinstance(x, Batch) else x
+            x = self.preprocess(x) if self.preprocess is not None else x
+            return main_output(call(self.module, x, **kwargs)), taps
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def freeze(self) -> None:
+        """No gradient, and evaluation mode whatever calls `train()` on the module, a part or a parent of it."""
+        self.frozen = True
+        self.module.eval()
+        for p in self.module.parameters():
+            p.requires_grad_(False)
+        for part in self.module.modules():
+            part.__dict__["train"] = partial(_stay, part)
+
+    def unfreeze(self) -> None:
+        """Undo `freeze`; parameters get gradients again."""
+        for part in self.module.modules():
+            part.__dict__.pop("train", None)
+        if self.frozen:
+            for p in self.module.parameters():
+                if p.is_floating_point():
+                    p.requires_grad_(True)
+        self.frozen = False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["module"], name)
+
+    def __repr__(self) -> str:
+        return f"Role({self.name}: {type(self.module).__name__}{', frozen' if self.frozen else ''})"
+
+
+class Roles:
+    """The models of a program by name, and what a step may ask the engine.
+
+    Args:
+        **modules: Models by role name.
+
+    Attributes:
+        step: Steps done in this stage.
+        epoch: Epochs done in this stage.
+        total: Steps that this stage will have.
+
+    Example:
+        >>> m = Roles(student=nn.Linear(2, 2), teacher=nn.Linear(2, 2))
+        >>> m.freeze("teacher")
+        >>> m.teacher.module.train().training, m.student(torch.ones(1, 2)).shape
+        (False, torch.Size([1, 2]))
+    """
+
+    step: int
+    epoch: int
+    total: int
+    seed: int
+    _roles: dict[str, Role]
+    _generators: dict[str, torch.Generator]
+
+    def __init__(self, **modules: nn.Module | Role) -> None:
+        self.__dict__["_roles"] = {}
+        self.__dict__["_generators"] = {}
+        self.__dict__.update(step=0, epoch=0, total=0, seed=0)
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("step", "epoch", "total", "seed"):
+            self.__dict__[name] = value
+        elif isinstance(value, Role):
+            self._roles[name] = value
+        elif (old := self._roles.get(name)) is not None:
+            self._roles[name] = Role(name, value, old.preprocess)
+        else:
+            self._roles[name] = Role(name, value)
+
+    def __getattr__(self, name: str) -> Role:
+        try:
+            return self.__dict__["_roles"][name]
+        except KeyError:
+            if name.startswith("__"):
+                raise AttributeError(name) from None
+            raise UsageError(
+                f"the method asks for the role '{name}' and there is none",
+                where=f"roles.{name}",
+                found=", ".join(self.__dict__["_roles"]) or "no roles",
+                fix=f"pass {name}=<module>",
+            ) from None
+
+    __getitem__ = __getattr__
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._roles
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def __len__(self) -> int:
+        return len(self._roles)
+
+    def items(self) -> Iterator[tuple[str, Role]]:
+        """Names and roles."""
+        return iter(list(self._roles.items()))
+
+    @property
+    def progress(self) -> float:
+        """The share of this stage that is done, in [0, 1]."""
+        return self.step / self.total if self.total else 0.0
+
+    def every(self, n: int) -> bool:
+        """Whether this step is one in `n`: steps 0, n, 2n, ... of the stage."""
+        return self.step % n == 0
+
+    def freeze(self, *names: str) -> None:
+        """Freeze the roles named."""
+        for name in names:
+            self[name].freeze()
+
+    def generator(self, name: str = "step", device: torch.device | str = "cpu") -> torch.Generator:
+        """A random generator with a name, seeded by the run and saved in checkpoints; draws from it resume exactly."""
+        key = f"{name}@{torch.device(device).type}"
+        if key not in self._generators:
+            seed = zlib.crc32(f"{self.seed}/{name}".encode())
+            self._generators[key] = torch.Generator(device).manual_seed(seed)
+        return self._generators[key]
+
+
+def find(module: nn.Module, path: str, role: str = "model") -> nn.Module:
+    """The submodule at a dotted path; an error that lists near names where there is none."""
+    try:
+        return module.get_submodule(path)
+    except AttributeError:
+        names = [name for name, _ in module.named_modules() if name]
+        from difflib import get_close_matches
+
+        near = get_close_matches(path, names, n=5, cutoff=0.3) or names[:5]
+        raise UsageError(
+            "there is no such module", where=f"{role}.{path}", found=path, expected=f"a path such as {', '.join(near)}"
+        ) from None
+
+
+def _keep(taps: dict[str, Any], path: str, _module: nn.Module, _args: Any, output: Any) -> None:
+    taps[path] = output[0] if isinstance(output, tuple) else output
+
+
+def _stay(part: nn.Module, mode: bool = True) -> nn.Module:
+    return part

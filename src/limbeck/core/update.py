@@ -1,0 +1,33 @@
+"""The one thing a step yields."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """Ask for the gradient of `loss` in the parameters of one role, and for its optimizer step.
+
+    Args:
+        role: The role whose parameters receive the gradient; no other role does.
+        loss: Scalar tensor, a mean over `count` items.
+        apply: False accumulates only: the gradient stays and adds to the role's next update.
+        count: Items the mean was taken over, such as unmasked tokens; a number or a 0-d tensor. Default: the samples of the
+            batch. Micro-batches and processes are weighted by it, so that together they equal one big batch.
+        logs: Further scalars to record, as tensors; they are read only when the log is written.
+
+    Example:
+        >>> import torch
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> update = Update("student", (w**2).mean(), logs={"norm": w.norm()})
+        >>> update.loss.backward(); w.grad
+        tensor([1., 1.])
+    """
+
+    role: str
+    loss: Tensor
+    apply: bool = True
+    count: int | Tensor | None = None
+    logs: Mapping[str, Tensor] = field(default_factory=dict)

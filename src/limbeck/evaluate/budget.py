@@ -1,0 +1,78 @@
+"""What each model of an arm was made to compute, so that arms can be shown to have the same budget."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class Passes:
+    """Passes through one model.
+
+    Args:
+        forward: Calls.
+        backward: Calls whose output then received a gradient.
+        examples: Samples over all calls, by the first dimension of the first tensor.
+    """
+
+    forward: int = 0
+    backward: int = 0
+    examples: int = 0
+
+
+@contextmanager
+def count_passes(**modules: nn.Module) -> Iterator[dict[str, Passes]]:
+    """Count the passes through each module while the block runs; arms with equal counts had the same budget.
+
+    Calls that go round `module(...)`, such as `module.forward(...)` or a sub-module called alone, are not seen.
+
+    Args:
+        **modules: Models by name.
+
+    Returns:
+        Counts by name, filled as the block runs.
+
+    Example:
+        >>> import torch
+        >>> student, teacher = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> with count_passes(student=student, teacher=teacher) as budget:
+        ...     x = torch.ones(8, 2)
+        ...     (student(x) - teacher(x).detach()).square().mean().backward()
+        >>> budget["student"]
+        Passes(forward=1, backward=1, examples=8)
+        >>> budget["teacher"].backward
+        0
+    """
+    counts = {name: Passes() for name in modules}
+    handles = [m.register_forward_hook(_hook(counts[name]), with_kwargs=True) for name, m in modules.items()]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def as_dict(budget: dict[str, Passes]) -> dict[str, dict[str, int]]:
+    """Plain data, for a proof's or a run's JSON."""
+    return {name: asdict(passes) for name, passes in budget.items()}
+
+
+def _hook(passes: Passes) -> Any:
+    def after_forward(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        passes.forward += 1
+        passes.examples += next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim), 0)
+        seen: list[None] = []
+
+        def after_backward(_: Tensor) -> None:
+            passes.backward += not seen  # several outputs of one call are one backward pass
+            seen.append(None)
+
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(after_backward)
+
+    return after_forward
