@@ -42,6 +42,12 @@ class RunError(LimbeckError):
     """A run that had to stop (exit code 1)."""
 
 
+class Interrupted(LimbeckError):
+    """A run that was asked to stop, and saved its state (exit code 130)."""
+
+    exit_code = 130
+
+
 def require(module: str, extra: str) -> Any:
     """Import a module of an optional extra, or say which extra to install.
 

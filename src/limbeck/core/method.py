@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -37,7 +37,7 @@ class Method:
     trains: ClassVar[tuple[str, ...]] = ("student",)
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
 
-    def stages(self, m: Roles, data: Any) -> Iterator[Stage]:
+    def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """The program; by default one training stage on `data.train`."""
         yield Train(self.step, roles=dict.fromkeys(self.trains), frozen=self.frozen, data=data.train)
 
@@ -65,7 +65,7 @@ class Method:
         """Before roles are evaluated: recalibrate statistics, say."""
 
 
-def updates(step: Step, m: Roles, batch: Batch, role: str | None = None) -> Iterator[Update]:
+def updates(step: Step, m: Roles, batch: Batch, role: str | None = None) -> Generator[Update, None, None]:
     """The updates of one step, whichever form the step has.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from limbeck.core.adapt import call, main_output
 from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from limbeck.core.stages import Conversion
 
 
 class Role:
@@ -34,6 +37,8 @@ class Role:
         self.name, self.module, self.preprocess = name, module, preprocess
         self.forward: Callable[..., Any] = module  # the compiled module, where one was asked for
         self.frozen = False
+        self._learned: list[nn.Parameter] = []
+        self.takes_batch = getattr(module, "takes_batch", False)  # stored outputs look up ids and views
 
     def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The logits or embedding for `x`, a batch (its field `x` is used) or a model input."""
@@ -41,11 +46,7 @@ class Role:
 
     def raw(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """The model's whole output for `x`."""
-        if isinstance(x, Batch):
-            x = x.x
-        if self.preprocess is not None:
-            x = self.preprocess(x)
-        return call(self.forward, x, *args, **kwargs)
+        return call(self.forward, self._input(x), *args, **kwargs)
 
     def features(self, x: Any, *paths: str, **kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
         """The output for `x`, and the outputs of the submodules named by dotted path on the way.
@@ -61,33 +62,47 @@ class Role:
         try:
             for path in paths:
                 hooks.append(find(self.module, path, self.name).register_forward_hook(partial(_keep, taps, path)))
-            x = x.x if isinstance(x, Batch) else x
-            x = self.preprocess(x) if self.preprocess is not None else x
-            return main_output(call(self.module, x, **kwargs)), taps
+            return main_output(call(self.module, self._input(x), **kwargs)), taps
         finally:
             for hook in hooks:
                 hook.remove()
 
+    def _input(self, x: Any) -> Any:
+        if self.takes_batch:
+            if isinstance(x, Batch):
+                return x
+            raise UsageError(
+                "a role that looks at the whole batch was called with something else",
+                where=self.name,
+                found=type(x).__name__,
+                expected="a Batch with the fields its module reads, such as id and view",
+                fix=f"call m.{self.name}(batch)",
+            )
+        x = x.x if isinstance(x, Batch) else x
+        return x if self.preprocess is None else self.preprocess(x)
+
     def freeze(self) -> None:
         """No gradient, and evaluation mode whatever calls `train()` on the module, a part or a parent of it."""
+        if not self.frozen:
+            self._learned = [p for p in self.module.parameters() if p.requires_grad]
         self.frozen = True
         self.module.eval()
-        for p in self.module.parameters():
+        for p in self._learned:
             p.requires_grad_(False)
         for part in self.module.modules():
             part.__dict__["train"] = partial(_stay, part)
 
     def unfreeze(self) -> None:
-        """Undo `freeze`; parameters get gradients again."""
+        """Undo `freeze`: the parameters that had gradients before get them again."""
         for part in self.module.modules():
             part.__dict__.pop("train", None)
-        if self.frozen:
-            for p in self.module.parameters():
-                if p.is_floating_point():
-                    p.requires_grad_(True)
+        for p in self._learned:
+            p.requires_grad_(True)
         self.frozen = False
 
     def __getattr__(self, name: str) -> Any:
+        if "module" not in self.__dict__:  # asked while being copied
+            raise AttributeError(name)
         return getattr(self.__dict__["module"], name)
 
     def __repr__(self) -> str:
@@ -104,6 +119,7 @@ class Roles:
         step: Steps done in this stage.
         epoch: Epochs done in this stage.
         total: Steps that this stage will have.
+        lineage: What rebuilds the converted roles: the role each came from, and the records of its conversions.
 
     Example:
         >>> m = Roles(student=nn.Linear(2, 2), teacher=nn.Linear(2, 2))
@@ -116,13 +132,15 @@ class Roles:
     epoch: int
     total: int
     seed: int
+    lineage: dict[str, dict[str, Any]]
+    _converted: set[str]
     _roles: dict[str, Role]
     _generators: dict[str, torch.Generator]
 
     def __init__(self, **modules: nn.Module | Role) -> None:
         self.__dict__["_roles"] = {}
         self.__dict__["_generators"] = {}
-        self.__dict__.update(step=0, epoch=0, total=0, seed=0)
+        self.__dict__.update(step=0, epoch=0, total=0, seed=0, lineage={}, _converted=set())
         for name, module in modules.items():
             setattr(self, name, module)
 
@@ -163,6 +181,34 @@ class Roles:
     def items(self) -> Iterator[tuple[str, Role]]:
         """Names and roles."""
         return iter(list(self._roles.items()))
+
+    def convert(self, name: str, how: Conversion, of: str | None = None) -> dict[str, Any]:
+        """Change a role's module and keep the record; the engine gives the new parameters to the role's optimizer.
+
+        Args:
+            name: The role that gets the converted module.
+            how: The conversion, `module -> (module, record)`.
+            of: The role whose module is converted, when another one.
+
+        Returns:
+            The record.
+        """
+        base = of or name
+        module, record = how(self[base].module)
+        if base != name and not {id(p) for p in self[base].module.parameters()}.isdisjoint(
+            map(id, module.parameters())
+        ):
+            raise UsageError(
+                "a conversion shares parameters with its origin", where=f"{base} -> {name}", fix="copy them"
+            )
+        origin = self.lineage.get(base, {"base": base, "records": []})
+        preprocess = self[base].preprocess
+        setattr(self, name, module)
+        if self[name].preprocess is None:
+            self[name].preprocess = preprocess
+        self.lineage[name] = {"base": origin["base"], "records": [*origin["records"], record]}
+        self._converted.add(name)
+        return record
 
     @property
     def progress(self) -> float:

@@ -30,6 +30,7 @@ class Engine:
         evaluate_every: Epochs between evaluations; 0 evaluates at the end only.
         monitor: The metric that chooses the best checkpoint; None takes the first that evaluation returns.
         mode: Whether the metric is better high or low.
+        restore: Which weights the run ends with: those of the last step or of the best evaluation.
         patience: Evaluations without improvement after which a stage stops early; None never does.
         log_every: Steps between history rows.
         deterministic: Ask torch for deterministic kernels.
@@ -57,6 +58,7 @@ class Engine:
     evaluate_every: float = 1
     monitor: str | None = None
     mode: Literal["max", "min"] = "max"
+    restore: Literal["last", "best"] = "last"
     patience: int | None = None
     log_every: int = 10
     deterministic: bool = False

@@ -90,7 +90,7 @@ def measure(module: nn.Module, *args: Any, items: int, warmup: int = 3, repeats:
     """
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     total, trainable = parameters(module)
-    with _evaluating(module):
+    with evaluating(module):
 
         def call() -> Any:
             return module(*args, **kwargs)
@@ -143,7 +143,7 @@ def flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
         >>> flops(nn.Linear(8, 4), torch.zeros(16, 8)) == 2 * 16 * 8 * 4
         True
     """
-    with _evaluating(module), _unfused(), FlopCounterMode(display=False) as counter:
+    with evaluating(module), _unfused(), FlopCounterMode(display=False) as counter:
         module(*args, **kwargs)
     return counter.get_total_flops()
 
@@ -225,7 +225,7 @@ def _seconds(fn: Callable[[], object], device: torch.device) -> float:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; each sub-module's own mode is put back."""
     training = [m for m in module.modules() if m.training]
     module.eval()
@@ -242,7 +242,7 @@ def _unfused() -> Iterator[None]:
     """Without the fused encoder layer and the fused LSTM: single operations that the counter does not know."""
     fastpath, mkldnn = torch.backends.mha.get_fastpath_enabled(), torch.backends.mkldnn.enabled
     torch.backends.mha.set_fastpath_enabled(False)
-    torch.backends.mkldnn.enabled = False
+    torch.backends.mkldnn.enabled = False  # type: ignore[assignment]
     try:
         yield
     finally:

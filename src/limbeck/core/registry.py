@@ -1,0 +1,173 @@
+"""Which methods there are: an explicit table, and the cards beside them; nothing is imported to list them."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from limbeck.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from limbeck.core.method import Method
+
+METHODS: Mapping[str, str] = {
+    "embedding": "limbeck.methods.embedding.method:Embedding",
+    "kd": "limbeck.methods.kd.method:KD",
+    "pld": "limbeck.methods.pld.method:PLD",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What a method says of itself.
+
+    Args:
+        name: The method's name in the table.
+        metadata: The front matter of its `card.md`, such as `paper`, `year`, `families`, `needs`, `produces`, `status`.
+        text: The page below the front matter, in Markdown.
+        path: The file.
+    """
+
+    name: str
+    metadata: Mapping[str, Any]
+    text: str
+    path: Path
+
+
+def find(name: str) -> type[Method]:
+    """The class of a method.
+
+    Args:
+        name: A name in the table, or `file.py:Class` for a method of one's own.
+
+    Returns:
+        A dataclass of hyper-parameters that derives from `Method`.
+
+    Raises:
+        UsageError: There is no such method, or it is not a method.
+
+    Example:
+        >>> find("kd").__name__
+        'KD'
+    """
+    if ":" in name:
+        kind = _from_file(name)
+    elif name in METHODS:
+        module, _, attribute = METHODS[name].partition(":")
+        kind = getattr(import_module(module), attribute)
+    else:
+        raise unknown(name)
+    from limbeck.core.method import Method
+
+    if not (isinstance(kind, type) and issubclass(kind, Method) and dataclasses.is_dataclass(kind)):
+        raise UsageError(
+            "this is not a method",
+            where=name,
+            found=kind if isinstance(kind, type) else type(kind).__name__,
+            expected="a dataclass that derives from limbeck.Method",
+            fix="limbeck new NAME writes one to start from",
+        )
+    return kind
+
+
+def name_of(kind: type[Method]) -> str:
+    """The name that `find` finds a method class under; `file.py:Class` for one's own.
+
+    Example:
+        >>> name_of(find("pld"))
+        'pld'
+    """
+    target = f"{kind.__module__}:{kind.__qualname__}"
+    own = f"{getattr(sys.modules.get(kind.__module__), '__file__', None) or kind.__module__}:{kind.__qualname__}"
+    return next((name for name, spec in METHODS.items() if spec == target), own)
+
+
+def card(name: str) -> Card:
+    """The card of a method, read from the folder it lives in.
+
+    Raises:
+        UsageError: There is no such method, or its card is missing or has no front matter.
+
+    Example:
+        >>> card("kd").metadata["year"]
+        2015
+    """
+    import yaml
+
+    path = _folder(name) / "card.md"
+    try:
+        _, front, text = path.read_text(encoding="utf-8").split("---\n", 2)
+        metadata = yaml.safe_load(front)
+    except FileNotFoundError:
+        raise UsageError(
+            "this method has no card", where=path, fix="write one; limbeck new NAME shows its form"
+        ) from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(
+            "this card has no front matter", where=path, found=error, expected="YAML between two lines of ---"
+        ) from None
+    return Card(name, metadata, text.strip(), path)
+
+
+def unknown(name: str) -> UsageError:
+    """The error for a method that is not in the table, with near names."""
+    near = get_close_matches(name, METHODS, n=3, cutoff=0.4)
+    return UsageError(
+        "unknown method",
+        where="method.name",
+        found=name,
+        expected=f"{' or '.join(near) if near else 'one of ' + ', '.join(METHODS)}, or file.py:Class",
+        fix="limbeck methods lists them",
+    )
+
+
+def _folder(name: str) -> Path:
+    if ":" in name:
+        return Path(name.rpartition(":")[0]).parent
+    if name not in METHODS:
+        raise unknown(name)
+    package = find_spec(METHODS[name].partition(":")[0].rpartition(".")[0])
+    assert package is not None, f"the folder of {name} is missing"
+    return Path(package.origin or "").parent
+
+
+def _from_file(spec: str) -> Any:
+    file, _, attribute = spec.rpartition(":")
+    path = Path(file)
+    if path.suffix != ".py" or not path.is_file():
+        raise UsageError(
+            "there is no such method file",
+            where="method.name",
+            found=spec,
+            expected="path/to/file.py:Class, or a name that limbeck methods lists",
+        )
+    module_name = f"limbeck_own_{path.resolve().as_posix().replace('/', '_').removesuffix('.py')}"
+    module = sys.modules.get(module_name)
+    if module is None:
+        found = spec_from_file_location(module_name, path.resolve())
+        assert found is not None
+        assert found.loader is not None
+        module = sys.modules[module_name] = module_from_spec(found)  # dataclasses look their module up by name
+        try:
+            found.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise UsageError(
+                "a method file cannot be imported", where=path, found=f"{type(error).__name__}: {error}"
+            ) from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError:
+        classes = [k for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == module_name]
+        raise UsageError(
+            "there is no such class in the file",
+            where=path,
+            found=attribute,
+            expected=" or ".join(classes) or "a class",
+        ) from None

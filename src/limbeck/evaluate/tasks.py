@@ -1,0 +1,134 @@
+"""What a role is judged by: one evaluator per kind of task, called with the roles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from limbeck.core.errors import UsageError
+from limbeck.core.roles import Role, Roles
+from limbeck.core.source import Source
+from limbeck.evaluate import metrics
+from limbeck.evaluate.cost import evaluating
+
+
+class Evaluator(Protocol):
+    """Judges a role on held-out data.
+
+    Attributes:
+        task: The kind of task.
+        primary: The metric that counts most; higher is better.
+    """
+
+    task: str
+    primary: str
+
+    def __call__(self, m: Roles) -> Mapping[str, float]:
+        """The student's numbers."""
+        ...
+
+    def judge(self, m: Roles, role: str) -> dict[str, float]:
+        """The numbers of any role."""
+        ...
+
+
+class Classification:
+    """Judges classifiers: `top1`, `top5` (above five classes), macro `f1`, `ece`; and, where there is a teacher, the share
+    of samples with the same answer as the teacher (`agreement`) and the divergence from it (`teacher_kl`, nats).
+
+    Without labels only the comparison with the teacher is left. The teacher's logits are computed once.
+
+    Args:
+        source: Held-out samples.
+        batch_size: Samples of one call.
+
+    Example:
+        >>> from limbeck.data import TensorSource
+        >>> held_out = TensorSource(torch.eye(3), torch.arange(3))
+        >>> evaluate = Classification(held_out)
+        >>> m = Roles(student=torch.nn.Identity(), teacher=torch.nn.Identity())
+        >>> {name: round(value, 4) for name, value in evaluate(m).items()}
+        {'top1': 1.0, 'f1': 1.0, 'ece': 0.4239, 'agreement': 1.0, 'teacher_kl': 0.0}
+    """  # noqa: D205
+
+    task = "classification"
+
+    def __init__(self, source: Source, batch_size: int = 256) -> None:
+        self.source, self.batch_size = source, batch_size
+        self._teacher: Tensor | None = None
+        labelled = source.batch(torch.zeros(1, dtype=torch.int64), 0).get("y") is not None
+        self.primary = "top1" if labelled else "agreement"
+
+    def __call__(self, m: Roles) -> dict[str, float]:
+        """The student's numbers."""
+        return self.judge(m, "student")
+
+    def judge(self, m: Roles, role: str) -> dict[str, float]:
+        """The numbers of any role."""
+        if role == "teacher":
+            scores, labels = predict(m.teacher, self.source, self.batch_size)
+            self._teacher = scores
+            return _numbers(scores, labels)
+        if self._teacher is None and "teacher" in m:
+            self._teacher = predict(m.teacher, self.source, self.batch_size)[0]
+        scores, labels = predict(m[role], self.source, self.batch_size)
+        return _numbers(scores, labels, self._teacher)
+
+
+def evaluator(source: Source, batch_size: int = 256) -> Evaluator:
+    """The evaluator that fits a source: retrieval and similarity for text without labels, else classification.
+
+    Args:
+        source: Held-out samples.
+        batch_size: Samples of one call.
+    """
+    return Classification(source, batch_size)
+
+
+def predict(role: Role, source: Source, batch_size: int = 256) -> tuple[Tensor, Tensor | None]:
+    """A role's outputs over a whole source in evaluation mode, and the labels.
+
+    Args:
+        role: The role.
+        source: N samples.
+        batch_size: Samples of one call.
+
+    Returns:
+        Outputs `[N, ...]` float32 and labels `[N]`, or None without labels; both on the CPU.
+
+    Raises:
+        UsageError: The source has no samples.
+
+    Example:
+        >>> from limbeck.data import TensorSource
+        >>> predict(Role("student", torch.nn.Flatten()), TensorSource(torch.ones(5, 2, 2)), batch_size=2)[0].shape
+        torch.Size([5, 4])
+    """
+    if not len(source):
+        raise UsageError("there is nothing to evaluate on", where="data", found="0 samples")
+    device = next((p.device for p in role.module.parameters()), torch.device("cpu"))
+    outputs, labels = [], []
+    with evaluating(role.module):
+        for rows in torch.arange(len(source)).split(batch_size):
+            batch = source.batch(rows, 0).to(device)
+            outputs.append(role(batch).float().cpu())
+            labels.append(batch.get("y"))
+    return torch.cat(outputs), None if labels[0] is None else torch.cat(labels).cpu()
+
+
+def _numbers(scores: Tensor, labels: Tensor | None, teacher: Tensor | None = None) -> dict[str, float]:
+    found: dict[str, Any] = {}
+    if labels is not None:
+        classes = scores.shape[-1]
+        found["top1"] = metrics.topk_accuracy(scores, labels)
+        if classes > 5:
+            found["top5"] = metrics.topk_accuracy(scores, labels, k=5)
+        found["f1"] = metrics.f1(scores.argmax(-1), labels, classes)
+        found["ece"] = metrics.calibration_error(scores.softmax(-1), labels)
+    if teacher is not None:
+        found["agreement"] = metrics.agreement(scores, teacher)
+        found["teacher_kl"] = metrics.teacher_kl(scores, teacher)
+    return {name: float(value) for name, value in found.items()}

@@ -1,0 +1,1 @@
+"""Distillation of sentence, image or other embeddings."""

@@ -1,0 +1,1 @@
+"""Knowledge distillation by softened class probabilities (Hinton, Vinyals and Dean 2015)."""

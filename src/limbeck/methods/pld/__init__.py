@@ -1,0 +1,1 @@
+"""Plackett-Luce distillation (Bassam, Zhu and Bian 2025)."""

@@ -1,0 +1,62 @@
+"""Roles and batches with shapes and dtypes but no values."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from limbeck.core.batch import Batch, _map
+from limbeck.core.roles import Role, Roles
+
+
+@contextmanager
+def fake_mode() -> Iterator[None]:
+    """Inside, tensors have shapes, dtypes and lifetimes, and take no memory; torch's own report of a failure is silenced."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def fake_tensor(tensor: Tensor, samples: int | None = None) -> Tensor:
+    """A fake tensor like `tensor`, which may be real or on the meta device; with `samples` as its first dimension, if given."""
+    size = tensor.shape if samples is None else (samples, *tensor.shape[1:])
+    fake = torch.empty_strided(size, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def fake_roles(roles: Roles) -> Roles:
+    """The same roles with fake tensors in the place of parameters, buffers and other tensors that modules hold."""
+    memo: dict[int, Any] = {}
+    for _, role in roles.items():
+        for part in role.module.modules():
+            for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
+                if isinstance(value, Tensor):
+                    memo.setdefault(id(value), fake_tensor(value))
+    return copy_roles(roles, memo)
+
+
+def copy_roles(roles: Roles, memo: dict[int, Any] | None = None) -> Roles:
+    """Deep copies of the roles; what they share, the copies share."""
+    memo = {} if memo is None else memo
+    copies = Roles(**{n: Role(n, copy.deepcopy(r.module, memo), r.preprocess) for n, r in roles.items()})
+    copies.step, copies.epoch, copies.total, copies.seed = roles.step, roles.epoch, roles.total, roles.seed
+    return copies
+
+
+def fake_batch(batch: Batch, samples: int) -> Batch:
+    """A fake batch of `samples` samples that looks like `batch`, which may hold fewer."""
+    size = len(batch)
+    stretch = {True: samples, False: None}
+    return Batch(**_map(batch.fields(), lambda t: fake_tensor(t, stretch[t.ndim > 0 and len(t) == size])))

@@ -1,0 +1,80 @@
+"""How names and numbers are shown to people."""
+
+import math
+import re
+from typing import Any, Literal
+
+_LOWER = re.compile(
+    r"loss|error|ece|(^|_)kl|bytes|param|trainable|flops|latency|second|time|memory|perplexity|rank_gap"
+)
+_WORDS = {"mrr": "MRR", "f1": "F1", "ece": "ECE", "kl": "KL", "flops": "FLOPs", "lr": "learning rate", "stsb": "STS-B"}
+_WORDS |= {"top1": "top-1", "top5": "top-5", "map": "mAP", "ndcg": "nDCG", "onnx": "ONNX", "cpu": "CPU", "gpu": "GPU"}
+
+
+def better(name: str) -> Literal["higher", "lower"]:
+    """Which direction of a quantity is the better one, judged by its name.
+
+    Example:
+        >>> better("mrr@10"), better("bytes"), better("throughput")
+        ('higher', 'lower', 'higher')
+    """
+    return "lower" if _LOWER.search(name.lower()) else "higher"
+
+
+def label(name: str) -> str:
+    """A name as people write it.
+
+    Example:
+        >>> label("student_before"), label("mrr@10"), label("peak_memory")
+        ('Student before', 'MRR@10', 'Peak memory')
+    """
+    words = re.sub(r"[a-z0-9]+", lambda m: _WORDS.get(m[0], m[0]), name.replace("_", " "))
+    return words[:1].upper() + words[1:]
+
+
+def show(name: str, value: Any) -> str:
+    """A value as people read it, by the quantity's name: sizes, counts, times, rates, scores.
+
+    Example:
+        >>> show("bytes", 90_872_832), show("parameters", 22_713_216), show("latency", 0.0123), show("seconds", 291)
+        ('90.9 MB', '22.7 M', '12.3 ms', '4m 51s')
+        >>> show("throughput", 1234.5), show("mrr@10", 0.51234), show("spearman", float("nan")), show("name", "static")
+        ('1,234 /s', '0.512', '–', 'static')
+    """
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    key = name.lower()
+    if re.search(r"bytes|memory", key):
+        return _scaled(value, ["bytes", "kB", "MB", "GB", "TB"])
+    if re.search(r"param|trainable|flops", key):
+        return _scaled(value, ["", "k", "M", "G", "T", "P"])
+    if re.search(r"latency|second|^time$", key) and "per_second" not in key:
+        return _duration(value)
+    if re.search(r"throughput|per_second", key):
+        return f"{_plain(value)} /s"
+    return _plain(value)
+
+
+def _plain(value: float) -> str:
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if value == 0 or abs(value) >= 0.01:
+        return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+    return f"{value:.2g}"
+
+
+def _scaled(value: float, units: list[str]) -> str:
+    power = min(len(units) - 1, int(math.log10(abs(value)) // 3)) if abs(value) >= 1 else 0
+    number = value / 1000**power
+    return f"{number:.0f} {units[power]}".strip() if power == 0 else f"{number:.3g} {units[power]}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1e6:.3g} µs" if seconds < 1e-3 else f"{seconds * 1e3:.3g} ms"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m {rest}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60}m"
