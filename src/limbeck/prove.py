@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
-import os
 import platform
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +19,17 @@ from torch import nn
 
 import limbeck
 from limbeck.core import registry
-from limbeck.core.batch import Batch
 from limbeck.core.errors import RunError, UsageError
-from limbeck.core.method import updates
+from limbeck.core.method import Method
 from limbeck.core.optim import Optim
 from limbeck.core.roles import Roles
-from limbeck.core.stages import Step
+from limbeck.core.source import Source
+from limbeck.core.stages import Stage, Step, Train
+from limbeck.engine.run import execute
+from limbeck.engine.settings import Engine
 from limbeck.evaluate.budget import Passes, as_dict, count_passes
 from limbeck.evaluate.compare import mean_deviation, paired_interval
+from limbeck.export.files import write_text
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Arm:
 
     run: Callable[[int, Any], Trial]
     tunes: str
-    grid: Sequence[Any]
+    grid: Sequence[float | str]
 
 
 @dataclass(frozen=True)
@@ -136,10 +137,10 @@ def prove(method: str, seeds: int = 5, out: str | Path | None = None) -> dict[st
     trials = _Trials(folder / "trials.jsonl", _fingerprint(method))
     _run(proof, range(seeds), trials, method)
     result = {"method": method, **_judge(proof, list(range(seeds)), trials), **_lineage()}
-    _write(folder / "proof.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "proof.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     from limbeck.report.figures import proof_svg
 
-    _write(folder / "proof.svg", proof_svg(result))
+    write_text(folder / "proof.svg", proof_svg(result))
     _show(result)
     return result
 
@@ -154,65 +155,46 @@ def load_proof(method: str) -> Proof:
         >>> load_proof("kd").metric
         'accuracy (%)'
     """
-    kind = registry.find(method)
-    if ":" in method:
-        path = Path(method.rpartition(":")[0]).with_name("proof.py")
-        if not path.is_file():
-            raise UsageError("this method has no proof", where=path, fix="write one; limbeck/methods/kd/proof.py is short")
-        module = registry._module_at(path)
-    else:
-        module = import_module(f"{kind.__module__.rpartition('.')[0]}.proof")
-    proof: Proof = module.PROOF
+    path = Path(inspect.getfile(registry.find(method))).with_name("proof.py")
+    if not path.is_file():
+        raise UsageError("this method has no proof", where=path, fix="write one; that of kd is a short example")
+    proof: Proof = registry._from_file(f"{path}:PROOF")
     return proof
 
 
-def fit(
-    step: Step, m: Roles, data: Batch, *, epochs: int, batch_size: int, seed: int, optim: Mapping[str, Optim]
-) -> dict[str, Passes]:
-    """Train roles in a plain loop over a batch that holds all data; what the engine does, without files.
+def fit(step: Step, m: Roles, source: Source, optim: Mapping[str, Optim], **engine: Any) -> dict[str, Passes]:
+    """Train roles with the engine on the CPU and leave nothing on disk.
 
     Args:
-        step: A method's step.
+        step: A method's step, or a function that returns the loss of the only role that learns.
         m: The roles; those without an optimizer are frozen.
-        data: All samples.
-        epochs: Passes over the data.
-        batch_size: Samples per step; an incomplete last batch is left out.
-        seed: Of the order.
+        source: The training data.
         optim: Optimizer of each role that learns.
+        **engine: Fields of `Engine`, such as `epochs`, `batch_size` and `seed`.
 
     Returns:
         The passes through each role.
 
     Example:
+        >>> from limbeck.data import TensorSource
         >>> from limbeck.methods.kd.method import KD
         >>> m = Roles(teacher=nn.Linear(4, 3), student=nn.Linear(4, 3))
-        >>> data = Batch(x=torch.eye(4), y=torch.tensor([0, 1, 2, 0]))
-        >>> fit(KD().step, m, data, epochs=3, batch_size=2, seed=0, optim={"student": Optim()})["student"].backward
+        >>> source = TensorSource(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+        >>> fit(KD().step, m, source, {"student": Optim()}, epochs=3, batch_size=2)["student"].backward
         6
     """
-    m.freeze(*(name for name in m if name not in optim))
-    optimizers = {role: spec.build(m[role].module) for role, spec in optim.items()}
-    params = {role: [p for g in o.param_groups for p in g["params"]] for role, o in optimizers.items()}
-    order = torch.Generator().manual_seed(seed)
-    m.seed, m.step, m.total = seed, 0, epochs * (len(data) // batch_size)
-    schedules = {
-        role: torch.optim.lr_scheduler.LambdaLR(o, lambda _, spec=optim[role]: spec.factor(m.step, m.total))
-        for role, o in optimizers.items()
-    }
-    sole = next(iter(optim)) if len(optim) == 1 else None
+    stage = Train(step, roles=optim, frozen=[name for name in m if name not in optim], data=source)
     with count_passes(**{name: role.module for name, role in m.items()}) as passes:
-        for m.epoch in range(epochs):
-            rows = torch.randperm(len(data), generator=order)
-            for part in rows[: len(rows) // batch_size * batch_size].split(batch_size):
-                for update in updates(step, m, data[part], sole):
-                    update.loss.backward(inputs=params[update.role])
-                    if update.apply:
-                        optimizers[update.role].step()
-                        optimizers[update.role].zero_grad()
-                m.step += 1
-                for schedule in schedules.values():
-                    schedule.step()
+        execute(_OneStage(stage), m, engine=Engine(**{"device": "cpu", "evaluate_every": 0, **engine}))
     return passes
+
+
+@dataclass(frozen=True, eq=False)
+class _OneStage(Method):
+    stage: Train
+
+    def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
+        yield self.stage
 
 
 def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
@@ -236,12 +218,12 @@ class _Trials:
         head = {"fingerprint": fingerprint}
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         if not lines or _parse(lines[0]) != head:
-            _write(path, json.dumps(head) + "\n")
+            write_text(path, json.dumps(head) + "\n")
             return
         for line in lines[1:]:
             if (row := _parse(line)) is not None:  # the last line may have been cut short by a kill
                 self.rows[row["arm"], row["seed"], row["value"]] = row
-        _write(path, "".join(json.dumps(row) + "\n" for row in (head, *self.rows.values())))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in (head, *self.rows.values())))
 
     def add(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -254,3 +236,147 @@ def _parse(line: str) -> Any:
         return json.loads(line)
     except ValueError:
         return None
+
+
+def _run(proof: Proof, seeds: Sequence[int], trials: _Trials, method: str) -> None:
+    """Do the trials that are not done yet; seeds outermost, so that what arms share is made once."""
+    from rich.console import Console
+    from rich.progress import track
+
+    keys = [(name, seed, value) for seed in seeds for name, arm in proof.arms.items() for value in arm.grid]
+    left = [key for key in keys if key not in trials.rows]
+    for name, seed, value in track(left, f"proof of {method}", console=Console(stderr=True), transient=True):
+        start = time.perf_counter()
+        trial = proof.arms[name].run(seed, value)
+        seconds = round(time.perf_counter() - start, 3)
+        row = {"arm": name, "seed": seed, "value": value, "validation": trial.validation, "test": trial.test}
+        trials.add({**row, "seconds": seconds, "passes": as_dict(dict(trial.passes))})
+
+
+def _judge(proof: Proof, seeds: list[int], trials: _Trials) -> dict[str, Any]:
+    """Everything that follows from the trials."""
+    arms = {name: _tune(proof, name, seeds, trials) for name in proof.arms}
+    _same_budget(arms)
+    tests = {name: arm["test"] for name, arm in arms.items()}
+    comparisons = [_compare(proof, c, tests) for c in proof.comparisons]
+    holds = all(c["holds"] for c in comparisons if c["asserted"])
+    return {
+        "claim": proof.claim,
+        "task": proof.task,
+        "metric": proof.metric,
+        "better": proof.better,
+        "verdict": "shown" if holds else "not shown",
+        "seeds": seeds,
+        "arms": tests,
+        "summary": {n: dict(zip(("mean", "deviation"), mean_deviation(v), strict=True)) for n, v in tests.items()},
+        "comparisons": comparisons,
+        "tuning": {name: {k: v for k, v in arm.items() if k not in ("test", "passes")} for name, arm in arms.items()},
+        "cost": {
+            "trials": len(seeds) * sum(len(arm.grid) for arm in proof.arms.values()),
+            "seconds": round(sum(arm["seconds"] for arm in arms.values()), 1),
+            "passes_per_trial": {name: arm["passes"] for name, arm in arms.items()},
+        },
+    }
+
+
+def _tune(proof: Proof, name: str, seeds: Sequence[int], trials: _Trials) -> dict[str, Any]:
+    """The trials of an arm: what was chosen for each seed by validation, and what it gave in the test."""
+    arm, sign = proof.arms[name], 1 if proof.better == "higher" else -1
+    table = [[trials.rows[name, seed, value] for value in arm.grid] for seed in seeds]
+    # The first of equals; a diverged trial is never chosen.
+    score = [[sign * r["validation"] if math.isfinite(r["validation"]) else -math.inf for r in row] for row in table]
+    best = [max(range(len(arm.grid)), key=s.__getitem__) for s in score]
+    test = [row[i]["test"] for row, i in zip(table, best, strict=True)]
+    if not all(math.isfinite(v) for v in test):
+        raise RunError("an arm of the proof has no finite result", where=name, found=test)
+    passes = {json.dumps(r["passes"], sort_keys=True): r["passes"] for row in table for r in row}
+    if len(passes) != 1:
+        raise RunError("the trials of an arm had different budgets", where=name, found=list(passes))
+    return {
+        "tunes": arm.tunes,
+        "grid": list(arm.grid),
+        "chosen": [arm.grid[i] for i in best],
+        "validation": [row[i]["validation"] for row, i in zip(table, best, strict=True)],
+        "test": test,
+        "test_by_value": {str(value): [row[i]["test"] for row in table] for i, value in enumerate(arm.grid)},
+        "seconds": round(sum(r["seconds"] for row in table for r in row), 1),
+        "passes": next(iter(passes.values())),
+    }
+
+
+def _same_budget(arms: Mapping[str, Mapping[str, Any]]) -> None:
+    budgets = {name: arm["passes"].get("student") for name, arm in arms.items()}
+    first = next(iter(budgets.values()))
+    if first is None or any(budget != first for budget in budgets.values()):
+        raise RunError("the arms of the proof had different budgets", where="passes through the student", found=budgets)
+
+
+def _compare(proof: Proof, c: Comparison, tests: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    difference = paired_interval(tests[c.arm], tests[c.baseline])
+    holds = difference.above(-c.margin) if proof.better == "higher" else difference.below(c.margin)
+    return {**asdict(c), **asdict(difference), "holds": holds}
+
+
+def _fingerprint(method: str) -> str:
+    """A hash of the code that trials depend on: the package, the method's folder and torch."""
+    package = Path(limbeck.__file__).parent
+    folders = [package, *([Path(method.rpartition(":")[0]).parent] if ":" in method else [])]
+    digest = hashlib.sha256(f"{method} {torch.__version__}".encode())
+    for path in (p for folder in folders for p in sorted(folder.rglob("*.py"))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _lineage() -> dict[str, Any]:
+    versions = {"limbeck": limbeck.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "environment": {**versions, "cpu": _cpu(), "threads": torch.get_num_threads(), "system": platform.system()},
+        "commit": _commit(Path(limbeck.__file__).parent),
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit(package: Path) -> str | None:
+    """The commit of the checkout that the package lies in, `-dirty` with changes; None where it is installed."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(package), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _show(result: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    arms = Table(title=result["metric"], title_justify="left")
+    for column in ("arm", "mean", "deviation", *(f"seed {s}" for s in result["seeds"]), "tuned"):
+        arms.add_column(column, justify="left" if column in ("arm", "tuned") else "right")
+    for name, values in result["arms"].items():
+        summary, tuning = result["summary"][name], result["tuning"][name]
+        numbers = [f"{v:.2f}" for v in (summary["mean"], summary["deviation"], *values)]
+        arms.add_row(name, *numbers, f"{tuning['tunes']}: {', '.join(map(str, tuning['chosen']))}")
+    differences = Table(title="paired differences, 95 % intervals", title_justify="left")
+    for column in ("comparison", "mean", "interval", "asked", "holds"):
+        differences.add_column(column)
+    for c in result["comparisons"]:
+        asked = f"not worse by {c['margin']:g}" if c["margin"] else "better"
+        asked += "" if c["asserted"] else " (reported)"
+        ends = f"[{c['low']:+.2f}, {c['high']:+.2f}]"
+        holds = "yes" if c["holds"] else "no"
+        differences.add_row(f"{c['arm']} - {c['baseline']}", f"{c['mean']:+.2f}", ends, asked, holds)
+    console.print(arms, differences)
+    console.print(f"{result['claim']}\nverdict: {result['verdict']}", markup=False, highlight=False)

@@ -80,12 +80,14 @@ class Optim:
                 decay = self.weight_decay if self.decay_norms or p.ndim >= 2 else 0.0
                 multiplier = next((f for glob, f in self.lr_multipliers.items() if fnmatchcase(name, glob)), 1.0)
                 groups.setdefault((decay, multiplier), []).append(p)
+        # Sharded parameters have no fused kernels.
+        fused = not any(hasattr(p, "device_mesh") for p in module.parameters())
         options: dict[str, Any] = {"lr": self.lr, "maximize": self.maximize}
         if self.name in ("adamw", "adam"):
-            options |= {"betas": self.betas, "eps": self.eps, "fused": True}
+            options |= {"betas": self.betas, "eps": self.eps, "fused": fused}
         elif self.name in ("sgd", "rmsprop"):
             options |= {"momentum": self.momentum}
-            options |= {"nesterov": self.nesterov, "fused": True} if self.name == "sgd" else {"eps": self.eps}
+            options |= {"nesterov": self.nesterov, "fused": fused} if self.name == "sgd" else {"eps": self.eps}
         kinds = {"adamw": "AdamW", "adam": "Adam", "sgd": "SGD", "rmsprop": "RMSprop", "adagrad": "Adagrad"}
         kind = getattr(torch.optim, kinds[self.name])
         param_groups = [{"params": ps, "weight_decay": wd, "lr": self.lr * f} for (wd, f), ps in groups.items()]

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from limbeck.core import registry
 from limbeck.core.errors import UsageError
+from limbeck.core.method import Method
 from limbeck.core.optim import Optim
 from limbeck.engine.settings import Engine
 
@@ -29,7 +30,9 @@ class Recipe(BaseModel):
         data: A data set by name, file or folder; or a mapping with `spec` and the options of `load_data`.
         method: The method and its hyper-parameters: `name`, and the fields of its dataclass.
         engine: How the run is executed.
-        optim: How each role is optimised, by role; roles that are not named take `default`, where there is one.
+        optim: How each role is optimised, by role.
+        cache: A folder for the teacher's outputs on the training data, which then stand in for the teacher; made once,
+            checked and read by later runs. None runs the teacher in every step.
         out: The run's folder; None chooses `runs/METHOD-STUDENT`.
 
     Example:
@@ -48,6 +51,7 @@ class Recipe(BaseModel):
     method: Any
     engine: Engine = Field(default_factory=Engine)
     optim: dict[str, Optim] = Field(default_factory=dict)
+    cache: str | None = None
     out: str | None = None
 
     @classmethod
@@ -87,19 +91,23 @@ class Recipe(BaseModel):
         """A recipe from plain data.
 
         Args:
-            tree: What a recipe file holds.
+            tree: What a recipe file holds; `method` may be a method object too.
             overrides: `field.path=value`, with the value in YAML.
             where: The file, for messages.
 
         Raises:
             UsageError: A field that does not fit.
         """
-        plain = json.loads(json.dumps(tree, default=str))
+        own = tree["method"] if isinstance(tree.get("method"), Method) else None
+        fields = json.loads(json.dumps({**tree, "method": None} if own else tree, default=str))
+        model: type[Recipe] = Recipe
         try:
             for override in overrides:
-                _override(plain, override)
-            model, plain = _with_method(plain)
-            return cls.model_construct(**dict(model.model_validate_json(json.dumps(plain))))
+                _override(fields, override)
+            if own is None:
+                model, fields = _with_method(fields)
+            valid = dict(model.model_validate_json(json.dumps(fields)))
+            return cls.model_construct(**valid | ({"method": own} if own else {}))
         except ValidationError as error:
             raise _explain(error, model, where) from None
         except UsageError as error:  # raised without the file's name, by a dataclass say
@@ -110,7 +118,7 @@ class Recipe(BaseModel):
 
     def dump(self) -> dict[str, Any]:
         """Plain data with every field written out; `parse` takes it back."""
-        plain = {name: _plain(getattr(self, name)) for name in type(self).model_fields}
+        plain = {name: plain(getattr(self, name)) for name in type(self).model_fields}
         plain["method"] = {"name": registry.name_of(type(self.method)), **plain["method"]}
         return plain
 
@@ -124,7 +132,7 @@ def json_schema() -> dict[str, Any]:
 
     Example:
         >>> sorted(json_schema()["properties"])
-        ['data', 'engine', 'method', 'optim', 'out', 'student', 'teacher']
+        ['cache', 'data', 'engine', 'method', 'optim', 'out', 'student', 'teacher']
     """
     methods: list[dict[str, str]] = []
     definitions: dict[str, Any] = {}
@@ -144,6 +152,20 @@ def json_schema() -> dict[str, Any]:
     own_file = {"type": "object", "properties": {"name": {"pattern": r"\.py:\w+$"}}, "required": ["name"]}
     schema["properties"]["method"] = {"anyOf": [{"enum": list(registry.METHODS)}, *methods, own_file]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "$defs": definitions, **schema}
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings and tuples as dictionaries and lists.
+
+    Example:
+        >>> plain({"student": Optim()})["student"]["betas"]
+        [0.9, 0.999]
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def descriptions(kind: type) -> dict[str, str]:
@@ -248,23 +270,13 @@ def _resolve(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {k: walk(v) for k, v in value.items()} if isinstance(value, dict) else value
 
     tree = tree | {name: walk(tree[name]) for name in ("teacher", "student", "data") if name in tree}
-    if isinstance(tree.get("out"), str):
-        tree["out"] = str(folder / tree["out"])
+    tree |= {name: str(folder / tree[name]) for name in ("cache", "out") if isinstance(tree.get(name), str)}
     block = tree.get("method")
     if isinstance(block, str):
         tree["method"] = path(block)
     elif isinstance(block, dict) and isinstance(block.get("name"), str):
         tree["method"] = block | {"name": path(block["name"])}
     return tree
-
-
-def _plain(value: Any) -> Any:
-    """Dataclasses, mappings and tuples as dictionaries and lists."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _explain(error: ValidationError, model: type[Recipe], where: str) -> UsageError:

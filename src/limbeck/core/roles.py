@@ -119,6 +119,8 @@ class Roles:
         step: Steps done in this stage.
         epoch: Epochs done in this stage.
         total: Steps that this stage will have.
+        lead: False in all but the first of several micro-batches, whose programs run in lock-step: what a step does to
+            weights between two yields belongs under `if m.lead`.
         lineage: What rebuilds the converted roles: the role each came from, and the records of its conversions.
 
     Example:
@@ -132,6 +134,7 @@ class Roles:
     epoch: int
     total: int
     seed: int
+    lead: bool
     lineage: dict[str, dict[str, Any]]
     _converted: set[str]
     _roles: dict[str, Role]
@@ -140,13 +143,15 @@ class Roles:
     def __init__(self, **modules: nn.Module | Role) -> None:
         self.__dict__["_roles"] = {}
         self.__dict__["_generators"] = {}
-        self.__dict__.update(step=0, epoch=0, total=0, seed=0, lineage={}, _converted=set())
+        self.__dict__.update(step=0, epoch=0, total=0, seed=0, lead=True, lineage={}, _converted=set())
         for name, module in modules.items():
             setattr(self, name, module)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("step", "epoch", "total", "seed"):
+        if name in ("step", "epoch", "total", "seed", "lead"):
             self.__dict__[name] = value
+        elif hasattr(type(self), name):
+            raise UsageError("this name is taken and cannot be a role's", where=f"roles.{name}", fix="use another name")
         elif isinstance(value, Role):
             self._roles[name] = value
         elif (old := self._roles.get(name)) is not None:
@@ -224,7 +229,7 @@ class Roles:
         for name in names:
             self[name].freeze()
 
-    def generator(self, name: str = "step", device: torch.device | str = "cpu") -> torch.Generator:
+    def rng(self, name: str = "step", device: torch.device | str = "cpu") -> torch.Generator:
         """A random generator with a name, seeded by the run and saved in checkpoints; draws from it resume exactly."""
         key = f"{name}@{torch.device(device).type}"
         if key not in self._generators:

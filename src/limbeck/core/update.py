@@ -12,7 +12,7 @@ class Update:
 
     Args:
         role: The role whose parameters receive the gradient; no other role does.
-        loss: Scalar tensor, a mean over `count` items.
+        loss: Scalar tensor, a mean over `count` items; None adds nothing, and applies what has accumulated.
         apply: False accumulates only: the gradient stays and adds to the role's next update.
         count: Items the mean was taken over, such as unmasked tokens; a number or a 0-d tensor. Default: the samples of the
             batch. Micro-batches and processes are weighted by it, so that together they equal one big batch.
@@ -22,12 +22,17 @@ class Update:
         >>> import torch
         >>> w = torch.ones(2, requires_grad=True)
         >>> update = Update("student", (w**2).mean(), logs={"norm": w.norm()})
-        >>> update.loss.backward(); w.grad
+        >>> update.backward(); w.grad
         tensor([1., 1.])
     """
 
     role: str
-    loss: Tensor
+    loss: Tensor | None = None
     apply: bool = True
     count: int | Tensor | None = None
     logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def backward(self) -> None:
+        """Backpropagate the loss, if there is one: for a loop of one's own."""
+        if self.loss is not None:
+            self.loss.backward()

@@ -56,7 +56,7 @@ class Rows:
         """A hash that changes when any sample or the augmentation does."""
         raise NotImplementedError
 
-    def subset(self, rows: Tensor | Sequence[int]) -> Subset:
+    def subset(self, rows: Tensor | Sequence[int]) -> Rows:
         """The source of the samples at positions `rows` `[M]`, in that order; ids stay, and nothing is copied.
 
         Example:
@@ -92,11 +92,6 @@ class Subset(Rows):
     def fingerprint(self) -> str:
         """Of the source and the rows."""
         return digest(self.source.fingerprint(), self.rows)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "lengths":  # only a TextSource has them
-            return self.source.lengths[self.rows]  # type: ignore[attr-defined]
-        raise AttributeError(f"'Subset' object has no attribute {name!r}")
 
 
 class TensorSource(Rows):

@@ -107,7 +107,7 @@ class Feed:
 
     def _endless(self, m: Roles) -> Iterator[tuple[int, list[Batch]]]:
         while True:
-            yield self._share(Batch() if self.data is None else self.data(m.step, m.generator("data")))
+            yield self._share(Batch() if self.data is None else self.data(m.step, m.rng("data")))
 
     def _loader(self, at: Position) -> Iterator[tuple[int, list[Batch]]]:
         # The loader shuffles from the global generator: a seed per epoch makes its order a function of the epoch.

@@ -364,7 +364,7 @@ class Run:
     def _load_generators(self, state: dict[str, Any]) -> None:
         for key, value in state["generators"].items():
             name, device = key.rsplit("@", 1)
-            self.m.generator(name, device).set_state(value)
+            self.m.rng(name, device).set_state(value)
 
     def load_roles(self, checkpoint: str) -> None:
         """Put the roles' weights of one of this run's checkpoints in place."""

@@ -296,5 +296,7 @@ class Training:
 def digest(module: nn.Module) -> list[int]:
     """A number for each tensor of a module that changes when its bits do; computed where the tensor is."""
     tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
-    hashes = [torch.hash_tensor(t.detach().contiguous().view(torch.uint8)).to("cpu").item() for t in tensors]
+    hashes = [
+        torch.hash_tensor(t.detach().contiguous().reshape(-1).view(torch.uint8)).to("cpu").item() for t in tensors
+    ]
     return [int(h) for h in hashes]

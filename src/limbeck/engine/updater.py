@@ -88,6 +88,7 @@ class Updater:
                 if done:
                     return logs
         finally:
+            self.m.lead = True
             for program in programs:
                 program.close()
             for role in self.pending:
@@ -101,6 +102,8 @@ class Updater:
         terms: list[tuple[str, Tensor, Any]] = []
         held: list[Tensor | None] | None = None
         for i, (program, share) in enumerate(zip(programs, shares, strict=True)):
+            if len(programs) > 1:
+                self.m.lead = i == 0
             update = self._advance(program)
             if i == 0:
                 first = update
@@ -120,7 +123,7 @@ class Updater:
                     self.optimizers[update.role].zero_grad(set_to_none=True)
             if (update is None) != (first is None) or (update and first and update.role != first.role):
                 raise RunError("micro-batches disagree about the next update", where=line_of(program))
-            if update is None or first is None:
+            if update is None or update.loss is None or first is None:
                 continue
             weight: Any = (
                 share if update.count is None or len(shares) * self.runtime.world == 1 else update.count / whole
@@ -131,8 +134,9 @@ class Updater:
             terms.extend((name, value.detach(), weight) for name, value in update.logs.items())
         if first is None:
             return True
-        scale = self._count_scale(counts, whole)
-        self._collect(first.role, scale, held)
+        scale = self._count_scale(counts, whole) if counts else None
+        if counts:
+            self._collect(first.role, scale, held)
         for name, value, weight in terms:
             value = value if isinstance(weight, float) and weight == 1.0 else value * weight
             value = value if scale is None else value * scale
@@ -164,7 +168,7 @@ class Updater:
         return update
 
     def _backward(self, update: Update, weight: Any, program: Program) -> None:
-        loss = update.loss
+        loss: Any = update.loss
         if not isinstance(loss, Tensor) or loss.ndim or not loss.requires_grad:
             found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) and loss.ndim else "a loss without a graph"
             raise UsageError(

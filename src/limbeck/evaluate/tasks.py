@@ -58,7 +58,7 @@ class Classification:
 
     def __init__(self, source: Source, batch_size: int = 256) -> None:
         self.source, self.batch_size = source, batch_size
-        self._teacher: Tensor | None = None
+        self._teacher: tuple[Tensor, Tensor | None] | None = None
         labelled = source.batch(torch.zeros(1, dtype=torch.int64), 0).get("y") is not None
         self.primary = "top1" if labelled else "agreement"
 
@@ -68,14 +68,12 @@ class Classification:
 
     def judge(self, m: Roles, role: str) -> dict[str, float]:
         """The numbers of any role."""
-        if role == "teacher":
-            scores, labels = predict(m.teacher, self.source, self.batch_size)
-            self._teacher = scores
-            return _numbers(scores, labels)
         if self._teacher is None and "teacher" in m:
-            self._teacher = predict(m.teacher, self.source, self.batch_size)[0]
+            self._teacher = predict(m.teacher, self.source, self.batch_size)
+        if role == "teacher" and self._teacher is not None:
+            return _numbers(*self._teacher)
         scores, labels = predict(m[role], self.source, self.batch_size)
-        return _numbers(scores, labels, self._teacher)
+        return _numbers(scores, labels, self._teacher[0] if self._teacher is not None else None)
 
 
 def evaluator(source: Source, batch_size: int = 256) -> Evaluator:

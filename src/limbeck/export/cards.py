@@ -120,6 +120,8 @@ def _facts(values: Mapping[str, Any], indent: str = "") -> str:
 
 def _licence(licence: str | None, teacher: object) -> str:
     if licence:
-        return f"The teacher's licence is `{licence}`. Its terms may bind this model too: read them before you pass it on."
+        return (
+            f"The teacher's licence is `{licence}`. Its terms may bind this model too: read them before you pass it on."
+        )
     of = f" of `{teacher}`" if isinstance(teacher, str) else " of the teacher"
     return f"The licence{of} was not stated to Limbeck. Find it before you pass this model on."

@@ -39,7 +39,7 @@ def load(module: nn.Module, path: str | os.PathLike[str]) -> dict[str, Any]:
     """Fill a module with a file's weights; every tensor must be found on both sides, in the same shape.
 
     Args:
-        module: A module of the architecture that was saved; unchanged when the file does not fit.
+        module: A module of the architecture that was saved; partly filled, and of no use, when the file does not fit.
         path: The `.safetensors` file.
 
     Returns:

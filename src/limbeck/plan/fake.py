@@ -11,22 +11,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
 from limbeck.core.batch import Batch, _map
 from limbeck.core.roles import Role, Roles
 
 
-@contextmanager
-def fake_mode() -> Iterator[None]:
-    """Inside, tensors have shapes, dtypes and lifetimes, and take no memory; torch's own report of a failure is silenced."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        logger.setLevel(level)
+class Fake:
+    """A world in which tensors have shapes, dtypes and lifetimes, and take no memory; entered and left as often as needed."""
+
+    def __init__(self) -> None:
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Be inside; torch's own report of a failure is silenced."""
+        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            with self._mode:
+                yield
+        finally:
+            logger.setLevel(level)
 
 
 def fake_tensor(tensor: Tensor, samples: int | None = None) -> Tensor:
@@ -53,6 +60,11 @@ def copy_roles(roles: Roles, memo: dict[int, Any] | None = None) -> Roles:
     copies = Roles(**{n: Role(n, copy.deepcopy(r.module, memo), r.preprocess) for n, r in roles.items()})
     copies.step, copies.epoch, copies.total, copies.seed = roles.step, roles.epoch, roles.total, roles.seed
     return copies
+
+
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """All tensors of a batch."""
+    return [leaf for leaf in tree_leaves(batch.fields()) if isinstance(leaf, Tensor)]
 
 
 def fake_batch(batch: Batch, samples: int) -> Batch:

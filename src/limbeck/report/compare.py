@@ -48,9 +48,10 @@ def write_comparison(run_dirs: Sequence[str | os.PathLike[str]], path: str | os.
         page.note(f"These runs are judged by different metrics: {', '.join(map(label, primaries))}.")
     for primary in primaries[:1]:
         page.section("Quality and price", "The dashed line joins the runs that no other beats.")
+        points = [{"name": row["run"], **row} for row in rows]
         for cost in ("throughput", "bytes"):
             if any(cost in row for row in rows):
-                page.figure(partial(figures.pareto, [{"name": r["run"], **r} for r in rows], primary, cost))
+                page.figure(partial(figures.pareto, points, primary, cost, ()))
     numbers = dict.fromkeys(k for row in rows for k, v in row.items() if isinstance(v, int | float))
     best = {key: "high" if better(key) == "higher" else "low" for key in numbers}
     return page.section("All numbers").table(rows, best=best).write(path)  # type: ignore[arg-type]

@@ -134,7 +134,8 @@ def proof(result: Mapping[str, Any], width: int = 720, standalone: bool = False)
 
     Args:
         result: `{"claim": str, "metric": str, "verdict": str, "seeds": [int], "arms": {name: [number per seed]},
-            "comparisons": [{"arm", "baseline", "mean", "low", "high"}]}`; comparisons may be missing.
+            "comparisons": [{"arm", "baseline", "mean", "low", "high"}]}`; comparisons may be missing, and those with
+            `"asserted": False` are marked as only reported.
         width: In pixels.
         standalone: Whether the SVG is a file of its own, with its colours and a white ground.
 
@@ -194,7 +195,7 @@ def _spots(
     spots = []
     for (px, py), name in zip(places, names, strict=True):
         size = text_width(name)
-        around = [(px + 11, py + 4), (px - 11 - size, py + 4)]
+        around = [(side, py + dy) for dy in (4, -8, 16) for side in (px + 11, px - 11 - size)]
         around += [(px + dx, py + dy) for dy in (-11, 20) for dx in (-size / 2, 4.0, -size - 4)]
         inside = [s for s in around if s[0] >= sides[0] and s[0] + size <= sides[1]] or [(sides[1] - size, py - 12)]
         spot = min(inside, key=lambda s: sum(_overlap(_box(s, size), t) for t in taken))
@@ -358,7 +359,8 @@ def _differences(svg: Svg, comparisons: Sequence[Mapping[str, Any]], sides: tupl
         clear = c["low"] > 0 or c["high"] < 0
         colour = 0 if clear else 5
         text = f"{c['mean']:+.3g}  [{c['low']:+.3g}, {c['high']:+.3g}]"
-        svg.text(sides[0] - 6, y - 14, f"{c['arm']} − {c['baseline']}".replace("_", " "), "strong halo")
+        name = f"{c['arm']} − {c['baseline']}{'' if c.get('asserted', True) else ', reported'}"
+        svg.text(sides[0] - 6, y - 14, name.replace("_", " "), "strong halo")
         svg.text(sides[1] + 6, y - 14, text, "halo", "end")
         svg.line(x(c["low"]), y, x(c["high"]), y, f"s{colour} thick veil")
         svg.add("circle", tip=text, cx=x(c["mean"]), cy=y, r=5, cls=f"f{colour}")

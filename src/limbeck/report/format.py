@@ -4,9 +4,10 @@ import math
 import re
 from typing import Any, Literal
 
-_LOWER = re.compile(
-    r"loss|error|ece|(^|_)kl|bytes|param|trainable|flops|latency|second|time|memory|perplexity|rank_gap"
-)
+_SIZES = {"bytes", "memory"}
+_COUNTS = {"parameters", "params", "trainable", "flops"}
+_TIMES = {"latency", "seconds", "time"}
+_LOWER = {"loss", "error", "ece", "kl", "perplexity"} | _SIZES | _COUNTS | _TIMES
 _WORDS = {"mrr": "MRR", "f1": "F1", "ece": "ECE", "kl": "KL", "flops": "FLOPs", "lr": "learning rate", "stsb": "STS-B"}
 _WORDS |= {"top1": "top-1", "top5": "top-5", "map": "mAP", "ndcg": "nDCG", "onnx": "ONNX", "cpu": "CPU", "gpu": "GPU"}
 
@@ -18,7 +19,7 @@ def better(name: str) -> Literal["higher", "lower"]:
         >>> better("mrr@10"), better("bytes"), better("throughput")
         ('higher', 'lower', 'higher')
     """
-    return "lower" if _LOWER.search(name.lower()) else "higher"
+    return "lower" if _LOWER & _words(name) and not _is_rate(name) else "higher"
 
 
 def label(name: str) -> str:
@@ -45,16 +46,22 @@ def show(name: str, value: Any) -> str:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
-    key = name.lower()
-    if re.search(r"bytes|memory", key):
-        return _scaled(value, ["bytes", "kB", "MB", "GB", "TB"])
-    if re.search(r"param|trainable|flops", key):
-        return _scaled(value, ["", "k", "M", "G", "T", "P"])
-    if re.search(r"latency|second|^time$", key) and "per_second" not in key:
-        return _duration(value)
-    if re.search(r"throughput|per_second", key):
+    words = _words(name)
+    if _is_rate(name):
         return f"{_plain(value)} /s"
-    return _plain(value)
+    if words & _SIZES:
+        return _scaled(value, ["bytes", "kB", "MB", "GB", "TB"])
+    if words & _COUNTS:
+        return _scaled(value, ["", "k", "M", "G", "T", "P"])
+    return _duration(value) if words & _TIMES else _plain(value)
+
+
+def _words(name: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", name.lower()))
+
+
+def _is_rate(name: str) -> bool:
+    return "throughput" in name.lower() or "per_second" in name.lower()
 
 
 def _plain(value: float) -> str:
@@ -66,9 +73,10 @@ def _plain(value: float) -> str:
 
 
 def _scaled(value: float, units: list[str]) -> str:
-    power = min(len(units) - 1, int(math.log10(abs(value)) // 3)) if abs(value) >= 1 else 0
-    number = value / 1000**power
-    return f"{number:.0f} {units[power]}".strip() if power == 0 else f"{number:.3g} {units[power]}"
+    power = 0
+    while abs(value) >= 999.5 and power < len(units) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g} {units[power]}".strip()
 
 
 def _duration(seconds: float) -> str:

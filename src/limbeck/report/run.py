@@ -184,8 +184,7 @@ def _candidates(page: Page, run: Run) -> None:
     )
     for cost in ("throughput", "bytes"):
         if run.primary and any(cost in row for row in rows):
-            draw = partial(figures.pareto, points, run.primary, cost, run.chosen)
-            page.figure(draw)
+            page.figure(partial(figures.pareto, points, run.primary, cost, run.chosen))
     directions = {key: better(key) for row in rows for key in row if key != "name"}
     page.table(rows, best={key: "high" if way == "higher" else "low" for key, way in directions.items()})
 

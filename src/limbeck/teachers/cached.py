@@ -1,6 +1,6 @@
 """Stored outputs in the place of the teacher that made them."""
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -49,11 +49,15 @@ class Cached(nn.Module):
 
     def _dense(self, name: str, value: Tensor | TopK, device: torch.device) -> Tensor:
         dtype = getattr(torch, self.store.header.layers[name].dtype)
-        if device.type == "cuda":
-            value = value.pin_memory()  # only a copy from pinned memory does not wait
         if isinstance(value, TopK):
-            return value.to(device).dense().to(dtype)
-        return value.to(device, non_blocking=True).to(dtype)
+            return value.map(partial(_move, device=device)).dense().to(dtype)
+        return _move(value, device).to(dtype)
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()  # a copy from other memory waits
+    return tensor.to(device, non_blocking=True)
 
 
 def _place(module: nn.Module, path: str) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -118,7 +118,7 @@ class _Writer:
         wanted = self.header
         self.store = OutputStore(self.path)
         self.header = self.store.header
-        expected = {"teacher fingerprint": wanted.teacher, "data fingerprint": wanted.data}
+        expected: dict[str, Any] = {"teacher fingerprint": wanted.teacher, "data fingerprint": wanted.data}
         expected |= {"dtype": wanted.dtype, "top_k": wanted.top_k, "layers": list(layers)}
         refuse_mismatch(self.path, self.header, expected)
         if files := shard_files(self.path):

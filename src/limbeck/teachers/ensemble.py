@@ -36,6 +36,8 @@ class Ensemble(nn.Module):
         True
     """
 
+    weights: Tensor
+
     def __init__(
         self,
         modules: Sequence[nn.Module],

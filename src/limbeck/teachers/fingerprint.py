@@ -44,24 +44,24 @@ def fingerprint(model: nn.Module | Role) -> str:
     return digest.hexdigest()[:32]
 
 
-def _module(module: nn.Module) -> Iterator[bytes | memoryview]:
+def _module(module: nn.Module) -> Iterator[Any]:
     for name, part in module.named_modules():
         yield f"{name}:{type(part).__module__}.{type(part).__qualname__}\n".encode()
     yield _ADDRESS.sub("", repr(module)).encode()
     yield json.dumps(_config(module), sort_keys=True, default=str).encode()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         yield f"{name}:{tensor.dtype}{list(tensor.shape)}\n".encode()
-        yield memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _config(module: nn.Module) -> dict[str, Any]:
     """The configuration of a transformers model, without where it was loaded from and by which version."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     return {k: v for k, v in settings.items() if not k.startswith("_") and k != "transformers_version"}
 
 
-def _function(function: Callable[[Any], Any] | None) -> Iterator[bytes | memoryview]:
+def _function(function: Callable[[Any], Any] | None) -> Iterator[Any]:
     if isinstance(function, nn.Module):
         yield from _module(function)
     elif function is not None:

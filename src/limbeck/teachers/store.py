@@ -306,7 +306,7 @@ def checksum(columns: Columns) -> str:
     """CRC-32 of the columns' bytes."""
     crc = 0
     for name in sorted(columns):
-        crc = zlib.crc32(memoryview(columns[name].reshape(-1).view(torch.uint8).numpy()), crc)
+        crc = zlib.crc32(columns[name].reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 

@@ -1,6 +1,7 @@
 """The largest logits, with what the others add up to."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,6 @@ class TopK:
         full = tail.repeat(*(1,) * self.rest.ndim, self.classes)  # [B, ..., C]
         return full.scatter_(-1, self.indices.long(), self.values.float())
 
-    def to(self, device: torch.device | str) -> "TopK":
-        """The same on `device`, without waiting for the copy."""
-        move = (t.to(device, non_blocking=True) for t in (self.values, self.indices, self.rest))
-        return TopK(*move, self.classes)
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "TopK":
+        """The same with `fn` applied to its tensors, such as a move to a device."""
+        return TopK(fn(self.values), fn(self.indices), fn(self.rest), self.classes)

@@ -1,0 +1,185 @@
+"""The public verbs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from limbeck.core import registry
+from limbeck.core.errors import UsageError
+from limbeck.core.method import Method
+from limbeck.core.optim import OptimSpec
+from limbeck.core.recipe import Recipe, plain
+from limbeck.core.registry import Card
+from limbeck.core.roles import Roles
+from limbeck.engine.run import Result, execute
+from limbeck.engine.settings import Engine
+from limbeck.evidence import Evidence
+from limbeck.export.files import write_text
+from limbeck.job import Job, assemble, claim, describe
+from limbeck.report.run import write_report
+from limbeck.teachers import Cached, collect
+from limbeck.timing import seconds_of, steps_within
+
+_ENCODERS = ("SentenceTransformer", "SentenceEncoder")
+
+
+def distill(
+    teacher: str | nn.Module | None,
+    student: str | nn.Module,
+    data: Any,
+    method: str | Method | None = None,
+    *,
+    budget: str | float | None = None,
+    out: str | os.PathLike[str] | None = None,
+    engine: Engine | Mapping[str, Any] | None = None,
+    optim: Mapping[str, Any] | None = None,
+    progress: str = "auto",
+    **fields: Any,
+) -> Result:
+    """Distil a teacher into a student, judge both on data that training never saw, and write the report.
+
+    Called again with the same arguments and `out`, it goes on where it stopped.
+
+    Args:
+        teacher: A module, or what `load_model` reads, such as `"timm:resnet50"`.
+        student: The same.
+        data: A `Data`, a data set of torch, `(x, y)` tensors, or what `load_data` reads, such as a folder.
+        method: A method, or its name; default: `embedding` for sentence encoders, else `kd`.
+        budget: Time for the whole run, such as `"2m"` or seconds; sets `engine.steps`.
+        out: The run's folder; default `runs/METHOD-STUDENT`.
+        engine: How it is executed.
+        optim: How each role is optimised: `Optim`, its fields, or a function from a module to an optimizer.
+        progress: `"auto"`, `"bar"`, `"lines"` or `"off"`.
+        **fields: Hyper-parameters of the method, where it is given by name.
+
+    Returns:
+        The roles, the history and the numbers; `result.out` is the run's folder, with `report.html` and `student/`.
+
+    Raises:
+        UsageError: Something does not fit; found before any work.
+        RunError: The run had to stop.
+
+    Example:
+        >>> import tempfile
+        >>> x, y = torch.randn(400, 4), torch.arange(400) % 3
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+        ...     result = distill(teacher, student, (x, y), "kd", out=folder, engine={"epochs": 1}, progress="off")
+        ...     sorted(path.name for path in Path(folder).glob("*.html")), result.roles.student is not None
+        (['report.html'], True)
+    """
+    given = {role: spec for role, spec in (optim or {}).items() if callable(spec)}
+    tree: dict[str, Any] = {
+        "teacher": None if teacher is None else describe(teacher),
+        "student": describe(student),
+        "data": describe(data),
+        "method": method or default_method(teacher),
+        "engine": plain(engine or {}),
+        "optim": {role: plain(spec) for role, spec in (optim or {}).items() if role not in given},
+        "out": None if out is None else os.fspath(out),
+    }
+    if isinstance(tree["method"], str):
+        tree["method"] = {"name": tree["method"], **fields}
+    elif fields:
+        raise UsageError("a method that is given whole takes no further fields", where="method", found=", ".join(fields))
+    recipe = Recipe.parse(tree)
+    return run(_job(recipe, teacher, student, data, recipe.optim | given, budget), progress=progress)
+
+
+def build(recipe: Recipe | str | os.PathLike[str], budget: str | float | None = None) -> Job:
+    """Load the models and data of a recipe and check that they fit; no training step is done.
+
+    Args:
+        recipe: A recipe, or its file.
+        budget: Time for the whole run, such as `"2m"` or seconds.
+
+    Raises:
+        UsageError: Something does not fit.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(os.fspath(recipe))
+    return _job(recipe, recipe.teacher, recipe.student, recipe.data, recipe.optim, budget)
+
+
+def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -> Result:
+    """Execute a job or a recipe to its end, or go on with it where it stopped; judge, save and report.
+
+    Args:
+        job: A job, a recipe or its file.
+        progress: `"auto"`, `"bar"`, `"lines"` or `"off"`.
+
+    Raises:
+        UsageError: Something does not fit; found before any work.
+        RunError: The run had to stop.
+    """
+    began = time.perf_counter()
+    job = claim(job if isinstance(job, Job) else build(job))
+    evidence = Evidence.begin(job)
+    if job.budget is not None:
+        job = job.with_steps(steps_within(job, job.budget - (time.perf_counter() - began), evidence.seconds))
+    _open(job, evidence)
+    if job.recipe.cache is not None:
+        job.roles.teacher = Cached(collect(job.roles.teacher, job.data.train, job.recipe.cache))
+    result = execute(
+        job.method,
+        job.roles,
+        job.data,
+        job.engine,
+        optim=job.optim,
+        evaluate=job.evaluate,
+        out=job.out,
+        progress=progress,
+    )
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        evidence.finish(job, result.roles, time.perf_counter() - began)
+        _save(job, result.roles)
+        write_report(job.out)
+    return result
+
+
+def load(path: str | os.PathLike[str]) -> nn.Module:
+    """The student of a run, from the run's folder or the student's own."""
+    folder = Path(path)
+    return load_model(str(folder / "student" if (folder / "student").is_dir() else folder))
+
+
+def methods() -> dict[str, Card]:
+    """The card of every method, by name.
+
+    Example:
+        >>> "pld" in methods()
+        True
+    """
+    return {name: registry.card(name) for name in sorted(registry.METHODS)}
+
+
+def default_method(teacher: Any) -> str:
+    """The method for a teacher when none is named: `embedding` for sentence encoders, else `kd`."""
+    encoder = teacher.startswith("st:") if isinstance(teacher, str) else type(teacher).__name__ in _ENCODERS
+    return "embedding" if encoder else "kd"
+
+
+def _job(
+    recipe: Recipe, teacher: Any, student: Any, data: Any, optim: Mapping[str, OptimSpec], budget: str | float | None
+) -> Job:
+    """Whatever is named is loaded; objects are taken as they are."""
+    seconds = None if budget is None else seconds_of(budget)
+    return assemble(recipe, teacher, student, data, optim, seconds)
+
+
+def _open(job: Job, evidence: Evidence) -> None:
+    """Make the run's folder: the recipe, with which `limbeck run` goes on, and what is known before training."""
+    if not (job.out / "recipe.yaml").exists():
+        write_text(job.out / "recipe.yaml", job.recipe.model_copy(update={"out": "."}).yaml())
+    if not (job.out / "metrics.json").exists():
+        evidence.write(job)
+
+
+def _save(job: Job, roles: Roles) -> None: ...

@@ -1,0 +1,124 @@
+"""What a recipe needs, found with fake tensors: shapes, parameters, FLOPs, memory, hours; no weights and no GPU."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from limbeck.core.stages import Train
+from limbeck.engine.settings import Engine
+from limbeck.plan.fake import Fake, fake_batch, fake_roles
+from limbeck.plan.gpus import GPUS, Gpu, find_gpu
+from limbeck.plan.memory import Memory
+from limbeck.plan.program import prepare_roles, sample, total_steps, training_stages
+from limbeck.plan.report import Plan, RoleCost, StageCost
+from limbeck.plan.trace import shard, trace_stage
+
+if TYPE_CHECKING:
+    from limbeck.api import Job
+
+__all__ = ["GPUS", "Gpu", "Memory", "Plan", "RoleCost", "StageCost", "plan_job"]
+
+# The share of a data sheet's peak that convolutional and small models reach in eager PyTorch.
+UTILISATION = {"fp32": 0.5, "bf16": 0.25, "fp16": 0.25}
+
+
+def plan_job(job: Job, gpu: str = "a100-80gb", utilisation: float | None = None) -> Plan:
+    """Run one step of each training stage on fake tensors.
+
+    Hours = steps x FLOPs of a step / (peak of the GPU x utilisation). An update that a method makes every few steps is
+    counted in all of them.
+
+    Args:
+        job: A job, as `limbeck.api.build` makes it; not changed.
+        gpu: The GPU to plan for, a name in `GPUS`.
+        utilisation: The share of its peak that the hours assume, in (0, 1]. Default: 0.5 in fp32, 0.25 in 16 bits.
+
+    Raises:
+        UsageError: Shapes or dtypes do not fit, or the GPU is not known.
+    """
+    card = find_gpu(gpu)
+    share = UTILISATION[job.engine.precision] if utilisation is None else utilisation
+    notes: list[str] = []
+    stages = _trace(job, job.engine, notes)
+    needed = max(map(_needed, stages), default=0)
+    seconds = [math.inf if s.steps is None else s.steps * s.flops for s in stages]
+    hours = sum(seconds) / (card.peak(job.engine.precision) * share) / 3600
+    if job.engine.precision == "bf16" and not card.bfloat16:
+        notes.append(f"{card.name} does not compute in bfloat16: set engine.precision=fp16")
+    if job.engine.compile:
+        notes.append("compiled roles usually need less memory than this")
+    return Plan(
+        stages=tuple(stages),
+        gpu=card,
+        devices=job.engine.processes,
+        precision=job.engine.precision,
+        utilisation=share,
+        needed=needed,
+        fits=needed <= card.memory,
+        hours=hours if math.isfinite(hours) else None,
+        advice=() if needed <= card.memory else _advice(job, stages, card),
+        notes=tuple(notes),
+    )
+
+
+def _trace(job: Any, engine: Engine, notes: list[str]) -> list[StageCost]:
+    """The cost of each training stage under these settings."""
+    fake, costs = Fake(), []
+    with fake():
+        m = fake_roles(job.roles)
+    for stage in training_stages(job.method, m, job.data, notes, fake):
+        seen = sample(stage.data, engine.batch_size, torch.Generator().manual_seed(engine.seed))
+        steps = total_steps(stage, engine)
+        m.step, m.epoch, m.total = 0, 0, steps or 0
+        with fake():
+            prepare_roles(stage, m)
+            cost = trace_stage(job.method, m, stage, _parts(stage, seen, engine), job.optim, engine)
+        memory = shard(cost.memory, m, stage, engine) if engine.shard else cost.memory
+        costs.append(replace(cost, memory=memory, steps=steps))
+    return costs
+
+
+def _parts(stage: Train, seen: Any, engine: Engine) -> list[Any]:
+    """The fake micro-batches of one device, of full size."""
+    if not seen.fields():
+        return [seen] * engine.micro_batches
+    rows = len(stage.data) if hasattr(stage.data, "ids") else len(seen)
+    whole = min(engine.batch_size, rows) if hasattr(stage.data, "ids") else rows
+    return list(fake_batch(seen, math.ceil(whole / engine.processes)).split(engine.micro_batches))
+
+
+def _needed(stage: StageCost, parts: float = 1) -> int:
+    """Bytes that a GPU must have for a stage, were each micro-batch cut into `parts`."""
+    memory = stage.memory
+    held = memory.peak - memory.activations + memory.activations / parts
+    if parts > 1:  # then gradients are held while the next part is computed
+        held += sum(4 * r.parameters for r in stage.roles if r.learns) - memory.gradients
+    return int(1.1 * held + 1e9)
+
+
+def _advice(job: Any, stages: list[StageCost], card: Gpu) -> tuple[str, ...]:
+    engine, advice = job.engine, []
+    if engine.precision == "fp32":
+        half = "bf16" if card.bfloat16 else "fp16"
+        needed = max(map(_needed, _trace(job, replace(engine, precision=half), [])))
+        enough = "enough" if needed <= card.memory else "not enough alone"
+        advice.append(f"engine.precision={half} needs about {needed / 1e9:.1f} GB, {enough}")
+    parts = 2
+    while engine.batch_size >= engine.micro_batches * parts * engine.processes:
+        needed = max(_needed(stage, parts) for stage in stages)
+        if needed <= card.memory:
+            count = engine.micro_batches * parts
+            advice.append(f"engine.micro_batches={count} needs about {needed / 1e9:.1f} GB and changes no gradient")
+            break
+        parts *= 2
+    needed = max(map(_needed, stages))
+    larger = [gpu.name for gpu in sorted(GPUS.values(), key=lambda g: g.memory) if gpu.memory >= needed]
+    if larger:
+        advice.append(f"as it is, it fits on {larger[0]}")
+    if not advice:
+        advice.append("spread the large roles over several GPUs: engine.processes and engine.shard")
+    return tuple(advice)
