@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -137,7 +138,7 @@ def prove(method: str, seeds: int = 5, out: str | Path | None = None) -> dict[st
     trials = _Trials(folder / "trials.jsonl", _fingerprint(method))
     _run(proof, range(seeds), trials, method)
     result = {"method": method, **_judge(proof, list(range(seeds)), trials), **_lineage()}
-    write_text(folder / "proof.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    write_text(folder / "proof.json", _json(result))
     from limbeck.report.figures import proof_svg
 
     write_text(folder / "proof.svg", proof_svg(result))
@@ -249,8 +250,8 @@ def _run(proof: Proof, seeds: Sequence[int], trials: _Trials, method: str) -> No
         start = time.perf_counter()
         trial = proof.arms[name].run(seed, value)
         seconds = round(time.perf_counter() - start, 3)
-        row = {"arm": name, "seed": seed, "value": value, "validation": trial.validation, "test": trial.test}
-        trials.add({**row, "seconds": seconds, "passes": as_dict(dict(trial.passes))})
+        row = {"arm": name, "seed": seed, "value": value, "validation": round(trial.validation, 6)}
+        trials.add({**row, "test": round(trial.test, 6), "seconds": seconds, "passes": as_dict(dict(trial.passes))})
 
 
 def _judge(proof: Proof, seeds: list[int], trials: _Trials) -> dict[str, Any]:
@@ -357,21 +358,26 @@ def _commit(package: Path) -> str | None:
         return None
 
 
+def _json(result: Mapping[str, Any]) -> str:
+    """JSON with one list of numbers or words a line."""
+    text = json.dumps(result, indent=1, ensure_ascii=False)
+    return (
+        re.sub(r"\[[^\[\]{}]*\]", lambda m: " ".join(m[0].split()).replace("[ ", "[").replace(" ]", "]"), text) + "\n"
+    )
+
+
 def _show(result: Mapping[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    arms = Table(title=result["metric"], title_justify="left")
-    for column in ("arm", "mean", "deviation", *(f"seed {s}" for s in result["seeds"]), "tuned"):
-        arms.add_column(column, justify="left" if column in ("arm", "tuned") else "right")
+    arms = Table("arm", "mean ± deviation", "per seed", "tuned", title=result["metric"], title_justify="left")
     for name, values in result["arms"].items():
         summary, tuning = result["summary"][name], result["tuning"][name]
-        numbers = [f"{v:.2f}" for v in (summary["mean"], summary["deviation"], *values)]
-        arms.add_row(name, *numbers, f"{tuning['tunes']}: {', '.join(map(str, tuning['chosen']))}")
-    differences = Table(title="paired differences, 95 % intervals", title_justify="left")
-    for column in ("comparison", "mean", "interval", "asked", "holds"):
-        differences.add_column(column)
+        spread = f"{summary['mean']:.2f} ± {summary['deviation']:.2f}"
+        arms.add_row(name, spread, " ".join(f"{v:.1f}" for v in values), f"{tuning['tunes']} {tuning['chosen']}")
+    columns = ("comparison", "mean", "interval", "asked", "holds")
+    differences = Table(*columns, title="paired differences, 95 % intervals", title_justify="left")
     for c in result["comparisons"]:
         asked = f"not worse by {c['margin']:g}" if c["margin"] else "better"
         asked += "" if c["asserted"] else " (reported)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import tempfile
 import time
 from copy import deepcopy
 from dataclasses import replace
@@ -57,17 +58,8 @@ def steps_within(job: Job, seconds: float, judging: float) -> int:
     if job.engine.processes > 1:
         raise UsageError("a budget of time needs one process", where="budget", fix="set engine.steps in its place")
     began = time.perf_counter()
-    first = _try(job, 1)
-    more = max(1, min(200, int(_SHARE * seconds / first)))
-    step = max(1e-5, (_try(job, 1 + more) - first) / more)
-    left = _MARGIN * (seconds - (time.perf_counter() - began)) - judging
-    if job.evaluate is not None:
-        validation, train = len(job.data["validation"]), len(job.data.train)
-        tested = len(job.data.get("test") or job.data["validation"])
-        check = judging * validation / tested
-        left -= check
-        if job.engine.evaluate_every:
-            step += check / max(1, train / job.engine.batch_size * job.engine.evaluate_every)
+    fixed, step = _step_time(job, _SHARE * seconds, judging)
+    left = _MARGIN * (seconds - (time.perf_counter() - began)) - fixed - judging
     steps = math.floor(left / step)
     if steps < 1:
         raise UsageError(
@@ -80,6 +72,23 @@ def steps_within(job: Job, seconds: float, judging: float) -> int:
     return steps
 
 
+def _step_time(job: Job, patience: float, judging: float) -> tuple[float, float]:
+    """Seconds of a run besides its steps, and seconds of one step with its share of evaluations and checkpoints."""
+    began = time.perf_counter()
+    fixed = _try(job, 1)
+    if fixed < patience:  # the first one also paid for what is loaded once
+        fixed = _try(job, 1)
+    more = 1
+    while (total := _try(job, 1 + more)) < 2 * fixed and time.perf_counter() - began < patience:
+        more *= 4
+    step = max(1e-5, (total - fixed) / more)
+    per_epoch = max(1, len(job.data.train) / job.engine.batch_size)
+    if job.evaluate is not None and job.engine.evaluate_every and more < per_epoch:  # no evaluation was seen yet
+        judged = job.data.get("test") or job.data["validation"]
+        step += judging * len(job.data["validation"]) / len(judged) / per_epoch / job.engine.evaluate_every
+    return fixed, step
+
+
 def _try(job: Job, steps: int) -> float:
     """Seconds that a run of so many steps takes, on copies of what learns."""
     frozen = set(job.method.frozen)
@@ -87,7 +96,8 @@ def _try(job: Job, steps: int) -> float:
         name: Role(name, role.module if name in frozen else deepcopy(role.module), role.preprocess)
         for name, role in job.roles.items()
     }
-    engine = replace(job.engine, steps=steps, checkpoint_every=0, evaluate_every=0, trackers=(), log_every=steps)
+    engine = replace(job.engine, steps=steps, trackers=())
     began = time.perf_counter()
-    execute(job.method, Roles(**copies), job.data, engine, optim=job.optim)
+    with tempfile.TemporaryDirectory() as out:
+        execute(job.method, Roles(**copies), job.data, engine, optim=job.optim, evaluate=job.evaluate, out=out)
     return time.perf_counter() - began

@@ -1,6 +1,7 @@
 """Small programs that the engine's tests run."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -14,7 +15,7 @@ from limbeck.data.sources import TensorSource
 def net(*sizes, seed=0, norm=False):
     torch.manual_seed(seed)
     layers = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), *([nn.BatchNorm1d(b)] if norm else []), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -118,9 +118,8 @@ class Recipe(BaseModel):
 
     def dump(self) -> dict[str, Any]:
         """Plain data with every field written out; `parse` takes it back."""
-        plain = {name: plain(getattr(self, name)) for name in type(self).model_fields}
-        plain["method"] = {"name": registry.name_of(type(self.method)), **plain["method"]}
-        return plain
+        tree = {name: plain(getattr(self, name)) for name in type(self).model_fields}
+        return tree | {"method": {"name": registry.name_of(type(self.method)), **tree["method"]}}
 
     def yaml(self) -> str:
         """The recipe as a YAML file."""

@@ -55,9 +55,7 @@ def docstrings(tokenizer: Callable[..., Any] | None = None, max_length: int | No
     from limbeck.data.docstrings import SPLITS, load_corpus
 
     corpus = load_corpus()
-    return Data(
-        **{name: TextSource(getattr(corpus, name).texts, tokenizer, max_length=max_length) for name in SPLITS}
-    )
+    return Data(**{name: TextSource(getattr(corpus, name).texts, tokenizer, max_length=max_length) for name in SPLITS})
 
 
 TABLES = ("iris", "wine", "breast_cancer")

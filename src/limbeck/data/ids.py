@@ -125,7 +125,10 @@ def check_ids(ids: Tensor, length: int, where: str) -> Tensor:
         repeated = values[counts > 1]
         found = f"{len(repeated)} ids are used more than once, such as {int(repeated[0])}"
         raise UsageError(
-            "the ids are not unique", where=where, found=found, fix="give every sample an id of its own, or leave ids out"
+            "the ids are not unique",
+            where=where,
+            found=found,
+            fix="give every sample an id of its own, or leave ids out",
         )
     return ids
 

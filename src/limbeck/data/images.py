@@ -164,7 +164,12 @@ def image_transform(size: int, augment: bool) -> Callable[[Any], Tensor]:
     """
     v2: Any = require("torchvision.transforms.v2", extra="vision")
     if augment and size <= SMALL:
-        steps = [v2.Resize(size), v2.CenterCrop(size), v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
+        steps = [
+            v2.Resize(size),
+            v2.CenterCrop(size),
+            v2.RandomCrop(size, padding=size // 8),
+            v2.RandomHorizontalFlip(),
+        ]
     elif augment:
         steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
     else:

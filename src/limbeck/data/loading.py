@@ -15,9 +15,7 @@ from limbeck.core.errors import LimbeckError
 from limbeck.core.source import Source
 
 
-def batches(
-    source: Source, plan: Iterable[tuple[Tensor, int]], workers: int = 0, pin: bool = False
-) -> Iterator[Batch]:
+def batches(source: Source, plan: Iterable[tuple[Tensor, int]], workers: int = 0, pin: bool = False) -> Iterator[Batch]:
     """The batches of a plan, in its order; the same ones for any number of workers.
 
     Workers start with the first batch and end with the plan, so one plan over many epochs starts them once. Up to two

@@ -117,7 +117,9 @@ def read_delimited(path: Path, columns: Sequence[str] | None = None) -> tuple[di
     wrong = next((k for k, row in enumerate(body) if len(row) != len(names)), None)
     if wrong is not None:
         found, line = f"{len(body[wrong])} fields", wrong + 1 + named
-        raise UsageError("a line has another number of fields", where=f"{path}, line {line}", found=found, expected=len(names))
+        raise UsageError(
+            "a line has another number of fields", where=f"{path}, line {line}", found=found, expected=len(names)
+        )
     return {name: [row[k] for row in body] for k, name in enumerate(names)}, named or columns is not None
 
 
@@ -158,10 +160,14 @@ def plain_table(columns: Mapping[str, list[Any]], where: str, named: bool = True
         >>> plain_table({"a": ["1", "2"], "b": ["1.5", ""], "c": ["x", "1"]}, "x.csv").kinds
         {'a': 'integer', 'b': 'number', 'c': 'text'}
     """
-    converted = {name: _converted(values, f"{where}: {name}") for name, values in columns.items()}
-    kinds = {name: kind for name, (kind, _) in converted.items()}
-    length = len(next(iter(columns.values()), []))
-    return Table(kinds, lambda name: converted[name][1], length, where, named)
+    values = {name: _values(column) for name, column in columns.items()}
+
+    def read(name: str) -> Any:
+        kind, column = values[name]
+        return _texts_only(column, f"{where}: {name}") if kind == "text" else column
+
+    kinds = {name: kind for name, (kind, _) in values.items()}
+    return Table(kinds, read, len(next(iter(columns.values()), [])), where, named)
 
 
 def arrow_table(table: Any, where: Path, features: Mapping[str, Any] | None = None) -> Table:
@@ -176,21 +182,21 @@ def arrow_table(table: Any, where: Path, features: Mapping[str, Any] | None = No
         meta = json.loads((table.schema.metadata or {}).get(b"huggingface", b"{}"))
         features = meta.get("info", {}).get("features", {})
     kinds = {f.name: _arrow_kind(f.type, features.get(f.name)) for f in table.schema}
-    names = {
-        name: tuple(f["names"]) for name, f in features.items() if isinstance(f, Mapping) and "ClassLabel" in f.get("_type", "")
-    }
+    names = {name: tuple(f["names"]) for name, f in features.items() if isinstance(f, Mapping) and f.get("names")}
 
     def read(name: str) -> Any:
-        column, kind = table.column(name), kinds[name]
+        column, kind, place = table.column(name), kinds[name], f"{where}: {name}"
         if kind == "image":
             return Blobs(column, where if where.is_dir() else where.parent)
         if kind == "text":
-            return _texts_whole(column.to_pylist(), f"{where}: {name}")
+            return _texts_only(column.to_pylist(), place)
         if kind == "vector":
-            return _stacked(column.to_pylist(), f"{where}: {name}")
-        return column.to_numpy().astype(np.int64 if kind == "integer" and not column.null_count else np.float64)
+            if (array := _stacked(column.to_pylist())) is None:
+                raise UsageError("lists of a column have different lengths", where=place)
+            return array
+        return column.to_numpy().astype(np.float64 if kind == "number" or column.null_count else np.int64)
 
-    return Table(kinds, read, table.num_rows, str(where), True, names)
+    return Table(kinds, read, table.num_rows, str(where), classes=names)
 
 
 class Blobs(Sequence[Any]):
@@ -271,30 +277,54 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _converted(values: list[Any], where: str) -> tuple[Kind, Any]:
-    if isinstance(first := next((v for v in values if v is not None), None), list):
-        try:
-            return "vector", _stacked(values, where)
-        except (UsageError, ValueError, TypeError):
-            return "other", values
-    if first is None or isinstance(first, dict):
+def _values(values: list[Any]) -> tuple[Kind, Any]:
+    """What a column of Python values holds, and the values as an array where they are numbers."""
+    sample = next((v for v in values if v not in (None, "")), None)
+    if isinstance(sample, list):
+        array = _stacked(values)
+        return ("other", values) if array is None else ("vector", array)
+    if isinstance(sample, str) and not _is_number(sample):
+        return "text", values
+    if not isinstance(sample, str | int | float):
         return "other", values
     try:
-        return "integer", np.array(values).astype(np.int64) if _whole(values) else _fail()
-    except (ValueError, TypeError, OverflowError):
+        if not any(v is None or v == "" or isinstance(v, float) for v in values):
+            return "integer", np.array([int(v) for v in values], dtype=np.int64)
+    except (ValueError, OverflowError):
         pass
     try:
-        filled = ["nan" if v in ("", None) else v for v in values]
-        if any(v != "nan" for v in filled):
-            return "number", np.array(filled).astype(np.float64)
-    except (ValueError, TypeError):
-        pass
-    return "text", _Texts(values, where)
+        return "number", np.array([np.nan if v in (None, "") else float(v) for v in values])
+    except ValueError:
+        return "text", values
 
 
-def _whole(values: list[Any]) -> bool:
-    return not any(isinstance(v, float) or v is None for v in values)
+def _texts_only(values: list[Any], where: str) -> list[str]:
+    row = next((row for row, v in enumerate(values) if not isinstance(v, str)), None)
+    if row is not None:
+        raise UsageError("a value is not a text", where=where, found=f"{values[row]!r} in row {row}", expected="a text")
+    return values
 
 
-def _fail() -> Any:
-    raise ValueError
+def _stacked(values: list[Any]) -> Any:
+    """Lists of numbers of one shape as an array, or None."""
+    try:
+        array = np.array(values)
+    except ValueError:
+        return None
+    return array if array.dtype.kind in "iufb" else None
+
+
+def _arrow_kind(kind: Any, feature: Any) -> Kind:
+    types = require("pyarrow", extra="parquet").types
+    special = feature.get("_type") if isinstance(feature, Mapping) else None
+    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and special in (None, "Image"):
+        return "image"
+    if types.is_binary(kind) or types.is_large_binary(kind):
+        return "image"
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_dictionary(kind):
+        return "text"
+    if types.is_integer(kind) or types.is_boolean(kind):
+        return "integer"
+    if types.is_floating(kind):
+        return "number"
+    return "vector" if special is None and (types.is_list(kind) or types.is_fixed_size_list(kind)) else "other"

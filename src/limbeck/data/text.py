@@ -216,7 +216,10 @@ def _encode(texts: Sequence[Any], tokenizer: Callable[..., Any], max_length: int
         encoded = {name: [tokens[:max_length] for tokens in lists] for name, lists in encoded.items()}
     if not encoded or any(len(lists) != len(texts) for lists in encoded.values()):
         raise UsageError(
-            "the tokenizer's output is not understood", where="tokenizer", found=sorted(encoded), expected="lists of tokens"
+            "the tokenizer's output is not understood",
+            where="tokenizer",
+            found=sorted(encoded),
+            expected="lists of tokens",
         )
     return encoded
 

@@ -137,13 +137,7 @@ class Updater:
         scale = self._count_scale(counts, whole) if counts else None
         if counts:
             self._collect(first.role, scale, held)
-        for name, value, weight in terms:
-            value = value if isinstance(weight, float) and weight == 1.0 else value * weight
-            value = value if scale is None else value * scale
-            # A role that is updated twice in a step shows its last loss.
-            logs[f"train/{name}"] = (
-                logs[f"train/{name}"] + value if len(programs) > 1 and f"train/{name}" in logs else value
-            )
+        logs |= _weighted(terms, scale)  # a role that is updated twice in a step shows its last loss
         if first.apply:
             self._apply(first.role, logs)
         else:
@@ -283,6 +277,16 @@ class Updater:
         for role, saved in state["scalers"].items():
             self.scalers[role].load_state_dict(saved)
         self.count, self.moves = dict(state["count"]), dict(state["moves"])
+
+
+def _weighted(terms: list[tuple[str, Tensor, Any]], scale: Tensor | None) -> Logs:
+    """The weighted sum over micro-batches of each quantity."""
+    sums: Logs = {}
+    for name, value, weight in terms:
+        value = value if isinstance(weight, float) and weight == 1.0 else value * weight
+        value = value if scale is None else value * scale
+        sums[f"train/{name}"] = sums[f"train/{name}"] + value if f"train/{name}" in sums else value
+    return sums
 
 
 def line_of(program: Any) -> str:
