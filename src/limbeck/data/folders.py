@@ -61,6 +61,9 @@ def image_folder(root: Path) -> dict[str, Images]:
     if "train" not in splits:
         splits = {"train": root}
     classes = _classes(splits["train"])
+    if len(classes) == 1:
+        found, fix = f"the folder {classes[0]}", "images without classes lie in the folder itself"
+        raise UsageError("the training images have one class only", where=splits["train"], found=found, fix=fix)
     return {name: _images(folder, root, classes) for name, folder in splits.items()}
 
 

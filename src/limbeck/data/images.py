@@ -24,7 +24,7 @@ class Images:
 
     Args:
         items: Paths, or the bytes of image files.
-        ids: Sample ids `[N]`. Default: from the paths, or from the first and last 2 kB and the length of the bytes.
+        ids: Sample ids `[N]`.
         labels: Class numbers `[N]`.
         classes: Class names.
         where: The file or folder, for messages.
@@ -33,13 +33,13 @@ class Images:
     def __init__(
         self,
         items: Sequence[Any],
-        ids: Tensor | None = None,
+        ids: Tensor,
         labels: Tensor | None = None,
         classes: tuple[str, ...] | None = None,
         where: str = "images",
     ) -> None:
         self.items, self.labels, self.classes, self.where = items, labels, classes, where
-        self.ids = text_ids(_key(item) for item in items) if ids is None else ids
+        self.ids = ids
 
     def __len__(self) -> int:
         return len(self.items)
@@ -195,8 +195,6 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
 
 
-def _key(item: Any) -> bytes | str:
-    if isinstance(item, str | os.PathLike):
-        return Path(item).as_posix()
-    head, tail = bytes(item[:_ENDS]), bytes(item[-_ENDS:])
-    return head + tail + len(item).to_bytes(8, "little")
+def blob_key(blob: bytes | memoryview) -> bytes:
+    """The first and last 2 kB of an image file and its length: enough to tell images apart without reading all of it."""
+    return bytes(blob[:_ENDS]) + bytes(blob[-_ENDS:]) + len(blob).to_bytes(8, "little")

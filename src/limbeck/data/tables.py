@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from limbeck.core.errors import UsageError, require
+from limbeck.data.ids import text_ids
+from limbeck.data.images import blob_key
 
 Kind = Literal["image", "text", "integer", "number", "vector", "other"]
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl")
@@ -218,8 +221,16 @@ class Blobs(Sequence[Any]):
         value = self.bytes[row]
         if value.is_valid:
             return memoryview(value.as_buffer())
-        path = None if self.paths is None else self.paths[row].as_py()
-        return b"" if path is None else self.folder / path
+        return self.folder / path if (path := self.path(row)) else b""
+
+    def path(self, row: int) -> str:
+        """The path as it is stored; empty where there is none."""
+        return "" if self.paths is None else self.paths[row].as_py() or ""
+
+    def ids(self) -> Tensor:
+        """Sample ids `[N]`: of the bytes, else of the path as it is stored."""
+        keys = (blob_key(v) if isinstance(v := self[row], memoryview) else self.path(row) for row in range(len(self)))
+        return text_ids(keys)
 
 
 def _label(table: Table, taken: set[str | None]) -> str | None:

@@ -70,6 +70,7 @@ class Feed:
 
     def _rows(self, m: Roles, at: Position) -> Iterator[tuple[int, list[Batch]]]:
         from limbeck.data.loading import batches
+        from limbeck.data.text import like_lengths
 
         source: Source = self.data
         if at.rows is None and self.select is not None:
@@ -79,6 +80,9 @@ class Feed:
         count = len(source) if at.rows is None else len(at.rows)
         order = torch.randperm(count, generator=generator)
         order = order if at.rows is None else at.rows[order]
+        lengths = getattr(source, "lengths", None)
+        if lengths is not None and self.engine.group_by_length:
+            order = like_lengths(order, lengths, self.engine.batch_size, generator)
         view = at.epoch % source.views if source.views else at.epoch
         size, parts, mine = self.engine.batch_size, self.parts, self.engine.micro_batches
         chunks = [order[i * size : (i + 1) * size] for i in range(at.batch, self._count(count))]

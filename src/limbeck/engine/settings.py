@@ -22,6 +22,7 @@ class Engine:
         precision: Parameters stay in float32; `bf16` and `fp16` compute in autocast, fp16 with loss scaling.
         compile: Roles whose forward is compiled.
         channels_last: Whether images and convolution weights use the channels-last layout.
+        group_by_length: Whether texts of like length share a batch, so that little is padded.
         workers: Processes that load data; 0 loads in the main process.
         processes: Processes (devices) to run on; more than one needs the extra `scale`.
         shard: Roles whose parameters are sharded over the processes (FSDP).
@@ -50,6 +51,7 @@ class Engine:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: tuple[str, ...] = ()
     channels_last: bool = False
+    group_by_length: bool = True
     workers: int = 0
     processes: int = 1
     shard: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ from limbeck.engine.feed import Feed, as_batch
 from limbeck.engine.settings import Engine
 from limbeck.plan.fake import tensors_of
 
-# Batches below this size are made whole; of others two samples are read, and stretched.
+# A plan makes batches below this size whole; of others it reads two samples, and stretches them.
 _WHOLE = 64 * 2**20
 
 
@@ -105,13 +105,14 @@ def total_steps(stage: Train, engine: Engine) -> int | None:
     return steps
 
 
-def sample(data: Any, count: int, generator: torch.Generator) -> Batch:
-    """About `count` random samples of a stage's data, as one batch; fewer where many would be large.
+def sample(data: Any, count: int, generator: torch.Generator, whole: int = _WHOLE) -> Batch:
+    """About `count` random samples of a stage's data, as one batch.
 
     Args:
         data: What a training stage is given as data.
         count: Samples wanted.
         generator: Chooses them.
+        whole: Bytes above which two samples must do.
 
     Returns:
         A batch of real tensors; empty where a stage has no data.
@@ -119,7 +120,7 @@ def sample(data: Any, count: int, generator: torch.Generator) -> Batch:
     if isinstance(data, Source):
         rows = torch.randperm(len(data), generator=generator)[:count]
         few = data.batch(rows[:2], 0)
-        return few if _bytes(few) / len(few) * len(rows) > _WHOLE else data.batch(rows, 0)
+        return few if _bytes(few) / len(few) * len(rows) > whole else data.batch(rows, 0)
     if data is None:
         return Batch()
     return as_batch(next(iter(data))) if hasattr(data, "__iter__") else data(0, generator)
