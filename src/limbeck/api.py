@@ -14,7 +14,6 @@ from torch import nn
 from limbeck.core import registry
 from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
-from limbeck.core.optim import OptimSpec
 from limbeck.core.recipe import Recipe, plain
 from limbeck.core.registry import Card
 from limbeck.core.roles import Roles
@@ -22,7 +21,7 @@ from limbeck.engine.run import Result, execute
 from limbeck.engine.settings import Engine
 from limbeck.evidence import Evidence
 from limbeck.export.files import write_text
-from limbeck.job import Job, assemble, claim, describe
+from limbeck.job import Job, Origin, claim, describe, gather
 from limbeck.report.run import write_report
 from limbeck.teachers import Cached, collect
 from limbeck.timing import seconds_of, steps_within
@@ -88,9 +87,12 @@ def distill(
     if isinstance(tree["method"], str):
         tree["method"] = {"name": tree["method"], **fields}
     elif fields:
-        raise UsageError("a method that is given whole takes no further fields", where="method", found=", ".join(fields))
+        raise UsageError(
+            "a method that is given whole takes no further fields", where="method", found=", ".join(fields)
+        )
     recipe = Recipe.parse(tree)
-    return run(_job(recipe, teacher, student, data, recipe.optim | given, budget), progress=progress)
+    seconds = None if budget is None else seconds_of(budget)
+    return run(gather(recipe, teacher, student, data, recipe.optim | given, seconds), progress=progress)
 
 
 def build(recipe: Recipe | str | os.PathLike[str], budget: str | float | None = None) -> Job:
@@ -105,7 +107,8 @@ def build(recipe: Recipe | str | os.PathLike[str], budget: str | float | None = 
     """
     if not isinstance(recipe, Recipe):
         recipe = Recipe.load(os.fspath(recipe))
-    return _job(recipe, recipe.teacher, recipe.student, recipe.data, recipe.optim, budget)
+    seconds = None if budget is None else seconds_of(budget)
+    return gather(recipe, recipe.teacher, recipe.student, recipe.data, recipe.optim, seconds)
 
 
 def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -> Result:
@@ -122,11 +125,14 @@ def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -
     began = time.perf_counter()
     job = claim(job if isinstance(job, Job) else build(job))
     evidence = Evidence.begin(job)
+    _open(job, evidence)
+    if job.recipe.cache is not None or job.taught is not None:
+        folder = job.recipe.cache or job.out / "cache"
+        store = collect(job.roles.teacher, job.taught or job.data.train, folder, batch_size=job.engine.batch_size)
+        job.roles.teacher = Cached(store)
     if job.budget is not None:
         job = job.with_steps(steps_within(job, job.budget - (time.perf_counter() - began), evidence.seconds))
-    _open(job, evidence)
-    if job.recipe.cache is not None:
-        job.roles.teacher = Cached(collect(job.roles.teacher, job.data.train, job.recipe.cache))
+        _record(job)
     result = execute(
         job.method,
         job.roles,
@@ -166,20 +172,21 @@ def default_method(teacher: Any) -> str:
     return "embedding" if encoder else "kd"
 
 
-def _job(
-    recipe: Recipe, teacher: Any, student: Any, data: Any, optim: Mapping[str, OptimSpec], budget: str | float | None
-) -> Job:
-    """Whatever is named is loaded; objects are taken as they are."""
-    seconds = None if budget is None else seconds_of(budget)
-    return assemble(recipe, teacher, student, data, optim, seconds)
-
-
 def _open(job: Job, evidence: Evidence) -> None:
     """Make the run's folder: the recipe, with which `limbeck run` goes on, and what is known before training."""
     if not (job.out / "recipe.yaml").exists():
-        write_text(job.out / "recipe.yaml", job.recipe.model_copy(update={"out": "."}).yaml())
+        _record(job)
     if not (job.out / "metrics.json").exists():
         evidence.write(job)
 
 
-def _save(job: Job, roles: Roles) -> None: ...
+def _record(job: Job) -> None:
+    write_text(job.out / "recipe.yaml", job.recipe.model_copy(update={"out": "."}).yaml())
+
+
+def _save(job: Job, roles: Roles) -> None:
+    """Write the student's folder, in the form of the library that it is of."""
+    made = roles.lineage.get("student", {"base": "student", "records": []})
+    origin = job.origin if made["base"] == "student" else Origin(job.recipe.teacher)
+    records = [*origin.records, *made["records"]]
+    ...

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 
 from limbeck import __version__
+from limbeck.checks import first_batch
 from limbeck.core.registry import name_of
 from limbeck.core.roles import Role, Roles
 from limbeck.evaluate import cost
 from limbeck.export.files import write_text
-from limbeck.job import Job, first_batch
+from limbeck.job import Job
 
 _CALL = 32  # samples of the call that throughput is measured on
 
@@ -72,12 +73,16 @@ class Evidence:
 
 
 def environment(job: Job) -> dict[str, Any]:
-    """The machine and the versions that numbers were measured with."""
-    device = next((str(p.device) for _, r in job.roles.items() for p in r.module.parameters()), "cpu")
-    gpu = {"gpu": torch.cuda.get_device_name()} if device.startswith("cuda") else {}
+    """The machine and the versions that a job's numbers were measured with."""
+    return machine(next((p.device for _, r in job.roles.items() for p in r.module.parameters()), torch.device("cpu")))
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """This machine and its versions."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if device.type == "cuda" else {}
     versions = {"limbeck": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    machine = {"system": platform.platform(), "processor": platform.processor() or platform.machine()}
-    return {**versions, **machine, "device": device, **gpu, "threads": torch.get_num_threads()}
+    system = {"system": platform.platform(), "processor": platform.processor() or platform.machine()}
+    return {**versions, **system, "device": str(device), **gpu, "threads": torch.get_num_threads()}
 
 
 def _judge(job: Job, roles: Roles, role: str) -> dict[str, float]:

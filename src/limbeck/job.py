@@ -4,30 +4,50 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
-from limbeck.core.batch import Batch
-from limbeck.core.errors import LimbeckError, UsageError
+from limbeck.checks import check_data, check_out, check_roles, first_batch
+from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
 from limbeck.core.optim import OptimSpec
 from limbeck.core.recipe import Recipe
-from limbeck.core.roles import Roles
+from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
-from limbeck.data import Data
+from limbeck.data import Data, TextSource, load_data
 from limbeck.engine.runtime import make_runtime
 from limbeck.engine.settings import Engine
-from limbeck.evaluate.cost import evaluating
 from limbeck.evaluate.tasks import Evaluator, evaluator
+from limbeck.models.load import conversion, load_model, model_preprocess, model_tokenizer, num_classes
+from limbeck.models.specs import is_object
+from limbeck.teachers import Ensemble
 
-_FREE = {"out", *(f"engine.{name}" for name in ("workers", "checkpoint_every", "keep", "trackers", "device", "processes"))}
+_FREE = {
+    "out",
+    *(f"engine.{name}" for name in ("workers", "checkpoint_every", "keep", "trackers", "device", "processes")),
+}
+_COMPARED = 256  # texts on which two tokenizers are compared
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What makes the student's structure again.
+
+    Args:
+        spec: What `load_model` reads; None for a module of the caller's.
+        num_classes: What it was given.
+        records: The conversions after that.
+    """
+
+    spec: str | None = None
+    num_classes: int | None = None
+    records: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +65,8 @@ class Job:
         recipe: What this was made from, as plain data.
         out: The run's folder.
         budget: Seconds for the whole run; None runs as many steps as the engine's settings say.
+        origin: What makes the student's structure again.
+        taught: The training data as the teacher reads them, where it has a tokenizer of its own.
     """
 
     method: Method
@@ -57,11 +79,41 @@ class Job:
     recipe: Recipe
     out: Path
     budget: float | None = None
+    origin: Origin = Origin()
+    taught: Source | None = None
 
     def with_steps(self, steps: int) -> Job:
-        """The job with a number of steps, in the recipe as well."""
+        """The job with a number of steps in the place of a budget, in the recipe as well."""
         engine = replace(self.engine, steps=steps)
         return replace(self, engine=engine, recipe=self.recipe.model_copy(update={"engine": engine}), budget=None)
+
+
+def gather(
+    recipe: Recipe, teacher: Any, student: Any, data: Any, optim: Mapping[str, OptimSpec], budget: float | None
+) -> Job:
+    """The job of models and data that are named or there; what is named is loaded.
+
+    Args:
+        recipe: The recipe.
+        teacher: A module, a spec, a list of specs, or None.
+        student: A module or a spec.
+        data: What `load_data` takes, or a mapping of `spec` and its options.
+        optim: Optimizers by role.
+        budget: Seconds for the whole run.
+
+    Raises:
+        UsageError: Something cannot be loaded, or does not fit.
+    """
+    named = isinstance(data, str | os.PathLike) or (isinstance(data, Mapping) and "spec" in data)
+    options = dict(data) if isinstance(data, Mapping) and "spec" in data else {"spec": data}
+    sources = load_data(options.pop("spec"), **options)
+    classes = sources.num_classes
+    teacher_module = None if teacher is None else _teacher(teacher, classes)
+    module, origin = _student(student, teacher, teacher_module, classes, recipe.engine.seed)
+    sources, taught = _tokenised(sources, teacher_module, module)
+    return assemble(
+        recipe, teacher_module, module, sources, optim, budget, origin=origin, taught=taught, normalise=named
+    )
 
 
 def assemble(
@@ -71,8 +123,23 @@ def assemble(
     data: Data,
     optim: Mapping[str, OptimSpec],
     budget: float | None,
+    *,
+    origin: Origin | None = None,
+    taught: Data | None = None,
+    normalise: bool = False,
 ) -> Job:
     """The job of models and data that are there, after all checks that need no training step.
+
+    Args:
+        recipe: The recipe.
+        teacher: The teacher, or None.
+        student: The student.
+        data: The data.
+        optim: Optimizers by role.
+        budget: Seconds for the whole run.
+        origin: What makes the student's structure again.
+        taught: The data as the teacher reads them, where it has a tokenizer of its own.
+        normalise: Whether each model's own normalisation is done to its inputs, which are images in [0, 1].
 
     Raises:
         UsageError: Something does not fit.
@@ -81,16 +148,32 @@ def assemble(
     out = Path(recipe.out) if recipe.out else default_out(recipe)
     check_out(out)
     device = make_runtime(replace(engine, processes=1, shard=())).device
-    roles = Roles(student=student) if teacher is None else Roles(teacher=teacher, student=student)
+    modules = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+    roles = Roles(**{n: Role(n, m, model_preprocess(m) if normalise else None) for n, m in modules.items()})
     check_roles(method, roles, optim)
     check_data(data, roles)
     for _, role in roles.items():
         role.module.to(device)
     with torch.random.fork_rng():  # a look at the models changes nothing
         method.check(roles, first_batch(data.train).to(device))
-    validation, test = data.get("validation"), data.get("test") or data.get("validation")
-    judges = [None if source is None else evaluator(source, engine.batch_size) for source in (validation, test)]
-    return Job(method, roles, data, engine, optim, *judges, recipe, out, budget)
+    judges = {}
+    for name in ("validation", "test"):
+        if name in data:
+            judges[name] = evaluator(data[name], student, engine.batch_size, None if taught is None else taught[name])
+    return Job(
+        method,
+        roles,
+        data,
+        engine,
+        optim,
+        evaluate=judges.get("validation"),
+        test=judges.get("test", judges.get("validation")),
+        recipe=recipe,
+        out=out,
+        budget=budget,
+        origin=origin or Origin(),
+        taught=None if taught is None else taught.train,
+    )
 
 
 def default_out(recipe: Recipe) -> Path:
@@ -99,29 +182,8 @@ def default_out(recipe: Recipe) -> Path:
     return Path("runs") / f"{type(recipe.method).__name__.lower()}-{student}"
 
 
-def check_out(out: Path) -> None:
-    """The folder can be written to, and holds nothing but a run."""
-    above = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UsageError(
-            "the run's folder cannot be written",
-            where=out,
-            found=f"{above} is {'not writable' if above.is_dir() else 'a file'}",
-            expected="a folder that can be made or written",
-            fix="choose another with --out",
-        )
-    if out.is_dir() and any(out.iterdir()) and not (out / "recipe.yaml").exists():
-        raise UsageError(
-            "the run's folder holds other files",
-            where=out,
-            found=", ".join(sorted(p.name for p in out.iterdir())[:3]),
-            expected="no folder, an empty one, or that of the same run",
-            fix="choose another with --out",
-        )
-
-
 def claim(job: Job) -> Job:
-    """The job that an earlier start of the same run recorded in the folder, or the job itself.
+    """The job as an earlier start of the same run recorded it in the folder, or the job itself.
 
     Raises:
         UsageError: The folder holds another run.
@@ -130,19 +192,76 @@ def claim(job: Job) -> Job:
     if not path.exists():
         return job
     recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if job.budget is not None:  # the number of steps was found by the first start
-        job = job.with_steps(recorded["engine"]["steps"])
+    steps = recorded["engine"]["steps"]
+    if job.budget is not None and steps is not None:  # the first start found how many fit
+        job = job.with_steps(steps)
     here, there = _identity(job.recipe.dump()), _identity(recorded)
     for field in (*here, *there):
         if here.get(field) != there.get(field):
             raise UsageError(
                 "the run's folder holds another run",
                 where=f"{job.out}: {field}",
-                found=there.get(field, "nothing"),
-                expected=here.get(field, "nothing"),
+                found=str(there.get(field)),
+                expected=str(here.get(field)),
                 fix="choose another folder with --out, or delete this one",
             )
     return job
+
+
+def describe(value: Any) -> Any:
+    """What a recipe says of a model or data set: the spec, or the class of an object of the caller's.
+
+    Example:
+        >>> describe("timm:resnet18"), describe(nn.Linear(2, 1))
+        ('timm:resnet18', 'a torch.nn.modules.linear.Linear')
+    """
+    if isinstance(value, str | os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    if isinstance(value, Mapping) and "spec" in value:
+        return {**value, "spec": describe(value["spec"])}
+    return f"a {type(value).__module__}.{type(value).__qualname__}"
+
+
+def _teacher(teacher: Any, classes: int | None) -> nn.Module:
+    if isinstance(teacher, list | tuple):
+        members = [_teacher(member, classes) for member in teacher]
+        return Ensemble(members, preprocess=[model_preprocess(member) for member in members])
+    # A library's classifier keeps the classes it was trained on; weights of the caller's were trained on the data's.
+    own = isinstance(teacher, str) and ("@" in teacher or is_object(teacher))
+    return load_model(teacher, num_classes=classes if own else None)
+
+
+def _student(
+    student: Any, teacher_spec: Any, teacher: nn.Module | None, classes: int | None, seed: int
+) -> tuple[nn.Module, Origin]:
+    if isinstance(student, nn.Module):
+        return student, Origin()
+    change = conversion(student)
+    if change is not None and teacher is not None:
+        module, record = change(teacher)
+        return module, Origin(teacher_spec if isinstance(teacher_spec, str) else None, None, (record,))
+    count = classes if teacher is None else num_classes(teacher)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return load_model(student, num_classes=count, teacher=teacher), Origin(student, count)
+
+
+def _tokenised(data: Data, teacher: nn.Module | None, student: nn.Module) -> tuple[Data, Data | None]:
+    """Texts as the student reads them, and as the teacher does where that differs."""
+    if not all(isinstance(source, TextSource) and source.tokenizer is None for _, source in data.items()):
+        return data, None
+    own = model_tokenizer(student)
+    other = None if teacher is None else model_tokenizer(teacher)
+    if own is None and other is None:
+        return data, None  # the first batch says what is missing
+    first, second = own or other, other or own
+    read = Data(**{name: source.with_tokenizer(first, source.max_length) for name, source in data.items()})
+    sample = read.train.subset(read.train.lengths.argsort(descending=True)[:_COMPARED])
+    if second is first or sample.with_tokenizer(second, sample.max_length).fingerprint() == sample.fingerprint():
+        return read, None
+    return read, Data(**{name: source.with_tokenizer(second, source.max_length) for name, source in data.items()})
 
 
 def _identity(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -155,96 +274,3 @@ def _identity(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
         elif field not in _FREE:
             flat[field] = value
     return flat
-
-
-def check_roles(method: Method, roles: Roles, optim: Mapping[str, OptimSpec]) -> None:
-    """The method's roles are there, and optimizers are given for roles that learn."""
-    for name in (*method.trains, *method.frozen):
-        roles[name]
-    for name in optim:
-        if name not in roles and name not in method.trains:
-            raise UsageError(
-                "an optimizer is given for a role that there is not",
-                where=f"optim.{name}",
-                found=name,
-                expected=" or ".join(dict.fromkeys((*method.trains, *roles))),
-                fix="rename or remove it",
-            )
-
-
-def check_data(data: Data, roles: Roles) -> None:
-    """Every model takes the data and answers with numbers; the labels are classes that the models have."""
-    batch = first_batch(data.train)
-    scores = {name: answer(roles, name, batch) for name in roles}
-    classes = data.classes
-    labels = getattr(data.train, "labels", None)
-    labels = batch.get("y") if labels is None else labels
-    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
-        return
-    for name, output in scores.items():
-        count = output.shape[-1]
-        if output.ndim != 2:
-            continue
-        if classes is not None and len(classes) != count:
-            raise UsageError(
-                f"{name} and data have different classes",
-                where=f"roles.{name}",
-                found=f"the {name} has {count} classes, the data {len(classes)}",
-                expected=f"{len(classes)} classes",
-                fix=f"use a {name} that was trained on these classes" if name == "teacher" else "change its last layer",
-            )
-        if int(labels.max()) >= count or int(labels.min()) < 0:
-            raise UsageError(
-                "a label is out of range",
-                where="data.train",
-                found=f"labels {int(labels.min())} to {int(labels.max())}",
-                expected=f"0 to {count - 1}, the {count} classes of the {name}",
-                fix="number the classes from 0, or use models with as many classes as the data",
-            )
-
-
-def answer(roles: Roles, name: str, batch: Batch) -> Tensor:
-    """A role's output for a batch in evaluation mode; what goes wrong is told in one message."""
-    role = roles[name]
-    with _explained(f"the {name} cannot work with these data", f"roles.{name}", batch), evaluating(role.module):
-        output = role(batch.to(next((p.device for p in role.module.parameters()), torch.device("cpu"))))
-    if not bool(output.isfinite().all()):
-        raise UsageError(
-            f"the {name} answers with numbers that are not finite",
-            where=f"roles.{name}",
-            found="NaN or infinity for the first samples",
-            fix="look at the data for NaN, and at the weights",
-        )
-    return output
-
-
-def first_batch(source: Source, size: int = 2) -> Batch:
-    """The first samples of a source."""
-    if not len(source):
-        raise UsageError("there are no samples", where="data.train", found="0 samples", expected="at least one")
-    with _explained("a sample cannot be read", "data.train"):
-        return source.batch(torch.arange(min(size, len(source))), 0)
-
-
-@contextmanager
-def _explained(what: str, where: str, batch: Batch | None = None) -> Iterator[None]:
-    try:
-        yield
-    except LimbeckError:
-        raise
-    except Exception as error:  # models and data sets of others raise anything
-        found = f"{type(error).__name__}: {error}".splitlines()[0]
-        given = None if batch is None else f"a model that takes {batch!r}"
-        raise UsageError(what, where=where, found=found, expected=given) from error
-
-
-def describe(value: Any) -> str:
-    """What a recipe says of a model or data set that is an object of the caller's.
-
-    Example:
-        >>> describe("timm:resnet18"), describe(nn.Linear(2, 1))
-        ('timm:resnet18', 'torch.nn.modules.linear.Linear object')
-    """
-    if isinstance(value, str | os.PathLike):
-        return os.fspath(value)
-    return f"{type(value).__module__}.{type(value).__qualname__} object"

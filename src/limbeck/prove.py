@@ -30,6 +30,8 @@ from limbeck.engine.run import execute
 from limbeck.engine.settings import Engine
 from limbeck.evaluate.budget import Passes, as_dict, count_passes
 from limbeck.evaluate.compare import mean_deviation, paired_interval
+from limbeck.evaluate.metrics import topk_accuracy
+from limbeck.evaluate.tasks import predict
 from limbeck.export.files import write_text
 
 
@@ -196,6 +198,19 @@ class _OneStage(Method):
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         yield self.stage
+
+
+def accuracy(m: Roles, source: Source, role: str = "student") -> float:
+    """Share of right answers of a role, in per cent.
+
+    Example:
+        >>> from limbeck.data import TensorSource
+        >>> accuracy(Roles(student=nn.Identity()), TensorSource(torch.eye(4), torch.tensor([0, 1, 2, 0])))
+        75.0
+    """
+    scores, labels = predict(m[role], source)
+    assert labels is not None, "accuracy needs labels"
+    return 100 * topk_accuracy(scores, labels).item()
 
 
 def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:

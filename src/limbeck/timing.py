@@ -14,7 +14,7 @@ from limbeck.core.roles import Role, Roles
 from limbeck.engine.run import execute
 from limbeck.job import Job
 
-_SHARE = 0.05  # of the time, for trying how long a step takes
+_SHARE = 0.04  # of the time, for trying how long a step takes
 _MARGIN = 0.95  # of the time is planned for: machines get slower when they are hot or shared
 _UNITS = {"s": 1, "m": 60, "h": 3600}
 
@@ -74,14 +74,16 @@ def steps_within(job: Job, seconds: float, judging: float) -> int:
 
 def _step_time(job: Job, patience: float, judging: float) -> tuple[float, float]:
     """Seconds of a run besides its steps, and seconds of one step with its share of evaluations and checkpoints."""
+    _try(job, 1)  # pays for what is loaded once
     began = time.perf_counter()
     fixed = _try(job, 1)
-    if fixed < patience:  # the first one also paid for what is loaded once
-        fixed = _try(job, 1)
+    if fixed > patience:
+        return 0.0, fixed
     more = 1
     while (total := _try(job, 1 + more)) < 2 * fixed and time.perf_counter() - began < patience:
         more *= 4
-    step = max(1e-5, (total - fixed) / more)
+    # Where the steps are lost in the noise, they are taken to cost all of it: too few are better than too many.
+    step = (total - fixed) / more if total >= 2 * fixed else total / (1 + more)
     per_epoch = max(1, len(job.data.train) / job.engine.batch_size)
     if job.evaluate is not None and job.engine.evaluate_every and more < per_epoch:  # no evaluation was seen yet
         judged = job.data.get("test") or job.data["validation"]

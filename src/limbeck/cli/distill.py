@@ -9,7 +9,9 @@ import typer
 
 
 def distill(
-    teacher: Annotated[str | None, typer.Option(help="timm:NAME, torchvision:NAME, hf:NAME, st:NAME, file.py:function.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="timm:NAME, torchvision:NAME, hf:NAME, st:NAME, file.py:function.")
+    ] = None,
     student: Annotated[str | None, typer.Option(help="The same forms, and layers:N, static.")] = None,
     data: Annotated[str | None, typer.Option(help="A data set by name, file or folder.")] = None,
     method: Annotated[str | None, typer.Option(help="A name that `limbeck methods` lists, or file.py:Class.")] = None,
@@ -18,7 +20,9 @@ def distill(
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples of one step.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the recipe and stop.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:

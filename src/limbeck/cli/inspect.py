@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 _Recipe = Annotated[Path, typer.Argument(help="A recipe in YAML.")]
-_Overrides = Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Such as engine.batch_size=32.")]
+_Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Such as engine.batch_size=32.")
+]
 
 
 def plan(recipe: _Recipe, overrides: _Overrides = None) -> None:

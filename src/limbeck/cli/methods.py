@@ -14,7 +14,9 @@ from limbeck.core.errors import UsageError
 _SHOWN = ("families", "needs", "produces", "status", "year", "paper")
 
 
-def methods(json: Annotated[bool, typer.Option("--json", help="Print the cards' front matter as JSON.")] = False) -> None:
+def methods(
+    json: Annotated[bool, typer.Option("--json", help="Print the cards' front matter as JSON.")] = False,
+) -> None:
     """List the methods."""
     from limbeck.cli import show
     from limbeck.core import registry
@@ -64,7 +66,10 @@ def new(
     """Write the folder of a new method, which works as it is."""
     if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
         raise UsageError(
-            "this cannot be a method's name", where="NAME", found=name, expected="small letters, digits and _, such as my_method"
+            "this cannot be a method's name",
+            where="NAME",
+            found=name,
+            expected="small letters, digits and _, such as my_method",
         )
     target = folder / name
     if target.exists():
@@ -78,5 +83,7 @@ def new(
         (target / template.name.removesuffix(".txt")).write_text(text, encoding="utf-8")
     print(f"written  {target}")
     if inside:
-        print(f'row      "{name}": "limbeck.methods.{name}.method:{kind}",  (add it to METHODS in limbeck/core/registry.py)')
+        print(
+            f'row      "{name}": "limbeck.methods.{name}.method:{kind}",  (add it to METHODS in limbeck/core/registry.py)'
+        )
     print(f"try      limbeck distill --teacher T --student S --data D --method {spec}")

@@ -32,7 +32,9 @@ def compare(
 
 def export(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    onnx: Annotated[Path | None, typer.Option(help="The file; default: student/model.onnx in the run's folder.")] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="The file; default: student/model.onnx in the run's folder.")
+    ] = None,
 ) -> None:
     """Write the student of a run as ONNX, checked against the module."""
     from limbeck.api import export as export_run

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe in YAML.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Such as engine.epochs=3.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[FIELD=VALUE]...", help="Such as engine.epochs=3.")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="Time for the whole run, such as 90s, 5m or 1h.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole recipe and stop.")] = False,

@@ -168,6 +168,9 @@ def _tell(config: Any, kept: Sequence[int], total: int) -> None:
     for name, value in vars(config).items():
         if "layer" in name and isinstance(value, list) and len(value) == total:
             setattr(config, name, [value[i] for i in kept])
+    if len(getattr(config, "stage_names", ())) == total + 1:  # backbones such as DINOv2 have one stage per layer
+        config.stage_names = config.stage_names[: len(kept) + 1]
+        config.set_output_features_output_indices(out_features=None, out_indices=None)
 
 
 def _check_rebuild(owner: nn.Module, kept: Sequence[int]) -> None:

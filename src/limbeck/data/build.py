@@ -50,14 +50,12 @@ def from_tables(found: Mapping[str, tables.Table], o: DataOptions, tokenizer: Ca
 
 def _check_alike(found: Mapping[str, tables.Table], first: tables.Table, choice: tables.Choice) -> None:
     for column in filter(None, (choice.image, *choice.text, *choice.features)):
+        expected = first.kinds[column]
         for table in found.values():
-            if (kind := table.kinds.get(column, "no such column")) != first.kinds[column] and "text" in (
-                kind,
-                first.kinds[column],
-            ):
-                raise UsageError(
-                    "splits differ", where=table.where, found=f"{column}: {kind}", expected=first.kinds[column]
-                )
+            kind = table.kinds.get(column, "other")
+            if kind != expected and not {kind, expected} <= {"integer", "number"}:
+                content = f"{column}: {kind if column in table.kinds else 'no such column'}"
+                raise UsageError("splits have different columns", where=table.where, found=content, expected=expected)
 
 
 def _images(table: tables.Table, column: str, labels: Tensor | None, classes: tuple[str, ...] | None) -> Images:
@@ -69,11 +67,9 @@ def _numbers(table: tables.Table, columns: Sequence[str]) -> Tensor:
     """Columns `[N]` side by side as `[N, F]`, or one column of arrays `[N, ...]`, in float32."""
     arrays = []
     for column in columns:
-        if table.kinds[column] not in ("integer", "number", "vector"):
-            found = table.kinds[column]
-            raise UsageError(
-                "a feature is not a number", where=f"{table.where}: {column}", found=found, expected="numbers"
-            )
+        if (kind := table.kinds[column]) not in ("integer", "number", "vector"):
+            where = f"{table.where}: {column}"
+            raise UsageError("a feature is not a number", where=where, found=kind, expected="numbers")
         array = np.asarray(table.read(column), dtype=np.float32)
         arrays.append(array[:, None] if array.ndim == 1 else array)
         if not np.isfinite(array).all():
@@ -103,7 +99,7 @@ def with_transforms(raw: Mapping[str, Images], o: DataOptions) -> Data:
 
 
 def complete(raw: Mapping[str, Any], o: DataOptions) -> dict[str, Any]:
-    """All splits, with those that are missing taken from train."""
+    """All splits, train first, with those that are missing taken from it."""
     have = set(raw) & {"train", "validation", "test"}
     if len(raw) == 1:
         shares = {"train": 1 - o.validation - o.test, "validation": o.validation, "test": o.test}
@@ -111,10 +107,16 @@ def complete(raw: Mapping[str, Any], o: DataOptions) -> dict[str, Any]:
     elif have == {"train", "test"} or have == {"train"}:
         shares = {"train": 1 - o.validation, "validation": o.validation}
     else:
-        return dict(raw)
+        return {name: raw[name] for name in sorted(raw, key=_place)}
     shares = {name: share for name, share in shares.items() if share > 0}
     parts = divide(raw["train"], shares, o.seed) if len(shares) > 1 else {"train": raw["train"]}
-    return {**parts, **{name: value for name, value in raw.items() if name != "train"}}
+    parts |= {name: value for name, value in raw.items() if name != "train"}
+    return {name: parts[name] for name in sorted(parts, key=_place)}
+
+
+def _place(name: str) -> int:
+    order = ("train", "validation", "test")
+    return order.index(name) if name in order else len(order)
 
 
 def from_object(value: Any, o: DataOptions) -> Data:
@@ -127,7 +129,8 @@ def from_object(value: Any, o: DataOptions) -> Data:
 
 
 def as_source(value: Any, classes: Sequence[str] | None = None) -> Any:
-    """A source from a source, a data set or data loader of torch, or tensors: `x`, `(x, y)`, or a mapping of inputs.
+    """A source from a source, a data set or data loader of torch, or tensors: `x`, `(x, y)`, or a mapping of inputs
+    (or of `x`, `y` and `ids`).
 
     Example:
         >>> as_source((torch.rand(4, 2), torch.tensor([0, 1, 0, 1])))
@@ -137,6 +140,8 @@ def as_source(value: Any, classes: Sequence[str] | None = None) -> Any:
         return value
     if isinstance(value, DataLoader):
         return DatasetSource(value.dataset, collate=value.collate_fn, classes=classes)
+    if isinstance(value, Mapping) and "x" in value:
+        return TensorSource(value["x"], value.get("y"), value.get("ids"), classes=classes)
     if isinstance(value, Tensor | np.ndarray) or (isinstance(value, Mapping) and value):
         return TensorSource(value, classes=classes)
     if isinstance(value, tuple) and len(value) == 2 and all(isinstance(v, Tensor | np.ndarray) for v in value):

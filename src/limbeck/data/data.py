@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,9 @@ from torch import Tensor
 from limbeck.core.errors import UsageError
 from limbeck.core.source import Source
 from limbeck.data.ids import fractions
-from limbeck.data.sources import check_labels
+from limbeck.data.sources import Subset, check_labels
 
 THREE = {"train": 0.8, "validation": 0.1, "test": 0.1}
-
-T = TypeVar("T")
 
 
 class Data:
@@ -55,7 +54,7 @@ class Data:
         """Divide a source by its sample ids: a sample stays in its split when others come or go.
 
         Args:
-            source: A source with `subset`.
+            source: A source.
             fractions: Share of each split, above 0, together 1. The sizes follow them on average.
             seed: Another division for another seed.
 
@@ -120,8 +119,8 @@ class Data:
         return f"Data({', '.join(f'{name}={source!r}' for name, source in self._sources.items())})"
 
 
-def divide(whole: T, shares: Mapping[str, float], seed: int = 0) -> dict[str, T]:
-    """Parts of anything that has `ids` and `subset(rows)`, by the hash of each id.
+def divide(whole: Any, shares: Mapping[str, float], seed: int = 0) -> dict[str, Any]:
+    """Parts of a source, or of anything with `ids` and `subset(rows)`, by the hash of each id.
 
     Args:
         whole: What is divided.
@@ -136,7 +135,7 @@ def divide(whole: T, shares: Mapping[str, float], seed: int = 0) -> dict[str, T]
     """
     if min(shares.values(), default=0) <= 0 or abs(sum(shares.values()) - 1) > 1e-6:
         raise UsageError("the shares are not a division", where="split", found=dict(shares), expected="> 0, sum 1")
-    ids: Tensor = whole.ids  # type: ignore[attr-defined]
+    ids: Tensor = whole.ids
     bounds = torch.tensor([0.0, *shares.values()], dtype=torch.float64).cumsum(0)
     part = torch.bucketize(fractions(ids, seed), bounds[1:-1], right=True)  # [N]
     rows = {name: (part == k).nonzero().flatten() for k, name in enumerate(shares)}
@@ -148,4 +147,5 @@ def divide(whole: T, shares: Mapping[str, float], seed: int = 0) -> dict[str, T]
             expected=f"shares {dict(shares)}",
             fix="give more samples, or splits of your own",
         )
-    return {name: whole.subset(found) for name, found in rows.items()}  # type: ignore[attr-defined]
+    take = getattr(whole, "subset", partial(Subset, whole))
+    return {name: take(found) for name, found in rows.items()}

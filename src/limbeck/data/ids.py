@@ -181,5 +181,6 @@ def _hash(x: Any) -> Tensor:
 
 
 def _hash_rows(rows: Tensor, size: int) -> Tensor:
-    words = pad(rows.contiguous().view(torch.uint8), (0, -size % 8)).view(torch.int64)  # [n, size / 8 rounded up]
+    flat = rows.contiguous().view(-1).view(torch.uint8).view(len(rows), size)
+    words = pad(flat, (0, -size % 8)).view(torch.int64)  # [n, size / 8 rounded up]
     return mix(mix(words + _STEP * torch.arange(words.shape[1])).sum(1) + size)

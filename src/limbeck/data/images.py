@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import UsageError, require
-from limbeck.data.ids import digest, text_ids
+from limbeck.data.ids import digest
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 SMALL = 64  # pixels up to which images are cropped after padding, as is usual for CIFAR

@@ -41,6 +41,7 @@ def load_data(spec: Any, *, tokenizer: Callable[..., Any] | None = None, **optio
             what it should be, or numbers are not finite.
 
     Example:
+        >>> import torch
         >>> data = load_data((torch.rand(100, 4), torch.arange(100) % 3))
         >>> list(data), data.num_classes
         (['train', 'validation', 'test'], 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from limbeck.core.errors import UsageError
 from limbeck.data.ids import check_ids, content_ids, digest, seeds
 from limbeck.data.images import pixels
 from limbeck.data.seeding import isolated, reseed
-from limbeck.data.wrapped import describe, known_classes, known_ids, known_labels
+from limbeck.data.wrapped import describe, known_classes, known_ids, known_labels, without_address
 
 _LABELS = ("label", "labels", "y", "target")
 
@@ -72,18 +71,19 @@ class Rows:
 
 
 class Subset(Rows):
-    """Some rows of another source, as `source.subset(rows)` makes it."""
+    """Some rows of another source, as `source.subset(rows)` makes it; any `Source` will do."""
 
-    def __init__(self, source: Rows, rows: Tensor) -> None:
+    def __init__(self, source: Any, rows: Tensor) -> None:
         self.source, self.rows = source, rows
         self.ids = check_ids(source.ids[rows], len(rows), "subset")
-        self.views, self.classes = source.views, source.classes
-        self.labels = None if source.labels is None else source.labels[rows]
+        self.views, self.classes = source.views, getattr(source, "classes", None)
+        labels = getattr(source, "labels", None)
+        self.labels = None if labels is None else labels[rows]
 
     @property
     def num_classes(self) -> int | None:
         """That of the whole source, since a subset may miss a class."""
-        return self.source.num_classes
+        return getattr(self.source, "num_classes", None)
 
     def batch(self, rows: Tensor, view: int) -> Batch:
         """The samples at positions `rows` `[B]` of the subset."""
@@ -226,8 +226,7 @@ class DatasetSource(Rows):
 
         Files count with path and size, tensors with their content, other data sets with evenly spaced samples.
         """
-        transform = re.sub(r" at 0x[0-9a-f]+", "", repr(self.transform))  # a function's address is another every time
-        return digest(describe(self.dataset), self.ids, transform, self.seed, self.views)
+        return digest(describe(self.dataset), self.ids, without_address(repr(self.transform)), self.seed, self.views)
 
     def _item(self, row: int) -> Any:
         item = self.dataset[row]

@@ -81,7 +81,7 @@ def choose(
     by_kind = {kind: [c for c, k in table.kinds.items() if k == kind and c != label] for kind in ("image", "text")}
     if by_kind["image"]:
         return Choice(image=by_kind["image"][0], label=label)
-    if found := _texts(table, by_kind["text"]):
+    if found := _texts(table, by_kind["text"], label):
         return Choice(text=found, label=label)
     numbers = tuple(
         c
@@ -244,12 +244,13 @@ def _label(table: Table, taken: set[str | None]) -> str | None:
     return numbers[0] if "text" in kinds and len(numbers) == 1 else None
 
 
-def _texts(table: Table, columns: Sequence[str]) -> tuple[str, ...]:
+def _texts(table: Table, columns: Sequence[str], label: str | None) -> tuple[str, ...]:
     lower = {name.lower(): name for name in columns}
     for names in (*PAIRS, *((name,) for name in TEXTS)):
         if all(name in lower for name in names):
             return tuple(lower[name] for name in names)
-    return tuple(columns) if not table.named and len(columns) <= 2 else ()
+    clear = len(columns) == 1 or (len(columns) == 2 and label is not None)
+    return tuple(columns) if clear and not table.named else ()
 
 
 def _no_column(table: Table, what: str) -> UsageError:

@@ -1,7 +1,8 @@
 """What a data set of torch, torchvision or Hugging Face says of itself: content, ids, labels, class names."""
 
 import os
-import pickle
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def describe(dataset: Any) -> str:
     rows = sorted({i * (size - 1) // _PROBES for i in range(_PROBES + 1)})
     with isolated():
         reseed(0)
-        return digest(kind, size, *(pickle.dumps(dataset[row]) for row in rows))
+        return digest(kind, size, *(_content(dataset[row]) for row in rows))
 
 
 def known_ids(dataset: Any) -> Tensor:
@@ -101,3 +102,28 @@ def _arrays(dataset: Any) -> list[Tensor]:
     found = [getattr(dataset, name, None) for name in ("data", "targets", "labels")]
     arrays = [torch.from_numpy(np.ascontiguousarray(a)) if isinstance(a, np.ndarray) else a for a in found]
     return [content_ids(a) for a in arrays if isinstance(a, Tensor) and len(a) == len(dataset)]
+
+
+def _content(value: Any) -> str:
+    """A hash of an item that is the same in every process."""
+    if isinstance(value, Tensor):
+        return digest(value)
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return digest(torch.from_numpy(np.ascontiguousarray(value)))
+    if isinstance(value, Mapping):
+        return digest(*(part for name, item in value.items() for part in (name, _content(item))))
+    if isinstance(value, tuple | list):
+        return digest(*map(_content, value))
+    if callable(raw := getattr(value, "tobytes", None)):  # an image of PIL
+        return digest(raw())
+    return digest(without_address(repr(value)))
+
+
+def without_address(text: str) -> str:
+    """The `repr` of an object without its place in memory, which is another every time.
+
+    Example:
+        >>> without_address("<function f at 0x7f01>")
+        '<function f>'
+    """
+    return re.sub(r" at 0x[0-9a-f]+", "", text)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from limbeck.core.adapt import main_output
 from limbeck.core.batch import Batch, _shape
@@ -19,7 +22,7 @@ from limbeck.core.optim import Optim, OptimSpec
 from limbeck.core.roles import Roles
 from limbeck.core.stages import Train
 from limbeck.core.update import Update
-from limbeck.data.seeding import isolated, reseed
+from limbeck.data.seeding import reseed
 from limbeck.plan.fake import copy_roles
 from limbeck.plan.program import prepare_roles, sample, total_steps, training_stages
 from limbeck.plan.trace import explained
@@ -36,6 +39,10 @@ class Call:
     kwargs: dict[str, Any]
     output: Tensor
 
+    def repeat(self, module: nn.Module) -> Tensor:
+        """Call a module in the same way again."""
+        return main_output(module(*self.args, **self.kwargs))
+
 
 @dataclass
 class Done:
@@ -45,7 +52,7 @@ class Done:
         role: The role it names.
         loss: Its loss.
         terms: Norm of the gradient in the role's parameters of each log that has one.
-        norms: Norm of the gradient of each parameter of the role; None where there is none.
+        gradients: Gradient of each parameter of the role that learns; None where there is none.
         leaks: Other roles that received a gradient.
         applied: Whether the optimizer stepped.
     """
@@ -53,9 +60,14 @@ class Done:
     role: str
     loss: Tensor
     terms: dict[str, float]
-    norms: dict[str, float | None]
+    gradients: dict[str, Tensor | None]
     leaks: list[str]
     applied: bool
+
+    @property
+    def norm(self) -> float:
+        """Norm of the whole gradient."""
+        return norm(self.gradients.values())
 
 
 @dataclass
@@ -128,9 +140,20 @@ class Exam:
             raise StepFailed(result)
         return result
 
+    @property
+    def ran(self) -> bool:
+        """Whether the first step ran to its end."""
+        return isinstance(self._attempt, FirstStep)
+
+    @property
+    def calls(self) -> dict[str, Call]:
+        """The last calls of the roles, as far as the first step got."""
+        _ = self._attempt
+        return self._step.calls
+
     @cached_property
     def _attempt(self) -> FirstStep | UsageError:
-        step = FirstStep(self.roles())
+        step = self._step = FirstStep(self.roles())
         before = {name: _values(role.module) for name, role in step.roles.items()}
         try:
             with self._watched(step):
@@ -153,8 +176,10 @@ class Exam:
         """
         reseed(self.seed)
         sole = next(iter(self.stage.roles)) if len(self.stage.roles) == 1 else None
-        optimizers = {name: self._spec(name, m) for name in self.stage.roles}
-        program = getattr(method, getattr(self.stage.step, "__name__", ""), self.stage.step)
+        optimizers = {name: self._optimizer(name, m) for name in self.stage.roles}
+        function = getattr(self.stage.step, "__func__", None)
+        program = self.stage.step if function is None else MethodType(function, method)
+        assert program is not None
         for _ in range(steps):
             for update in updates(program, m, self.batch, sole):
                 yield _carry_out(update, m, optimizers)
@@ -164,7 +189,7 @@ class Exam:
         """How a role is optimised."""
         return self.stage.roles[name] or self.job.optim.get(name) or Optim()
 
-    def _spec(self, name: str, m: Roles) -> torch.optim.Optimizer:
+    def _optimizer(self, name: str, m: Roles) -> torch.optim.Optimizer:
         spec = self.spec(name)
         return spec.build(m[name].module) if isinstance(spec, Optim) else spec(m[name].module)
 
@@ -183,13 +208,16 @@ def _note(
 ) -> None:
     result = main_output(output)
     shapes[name] = _shape(result)
+    args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
     step.calls[name] = Call(args, kwargs, result.detach())
 
 
 def _carry_out(update: Update, m: Roles, optimizers: Mapping[str, torch.optim.Optimizer]) -> Done:
     if update.role not in optimizers:
         raise UsageError(
-            "an update names a role that does not learn in this stage", found=update.role, expected=" or ".join(optimizers)
+            "an update names a role that does not learn in this stage",
+            found=update.role,
+            expected=" or ".join(optimizers),
         )
     if not isinstance(update.loss, Tensor) or update.loss.ndim or not update.loss.requires_grad:
         raise UsageError(
@@ -199,13 +227,15 @@ def _carry_out(update: Update, m: Roles, optimizers: Mapping[str, torch.optim.Op
             fix="check for .detach(), torch.no_grad() or a missing reduction",
         )
     named = {n: p for n, p in m[update.role].module.named_parameters() if p.requires_grad}
-    terms = {n: _norm(t, list(named.values())) for n, t in update.logs.items() if t.requires_grad and not t.ndim}
+    terms = {
+        n: _gradient_norm(t, list(named.values())) for n, t in update.logs.items() if t.requires_grad and not t.ndim
+    }
     update.loss.backward()
     done = Done(
         update.role,
         update.loss.detach(),
         terms,
-        {n: None if p.grad is None else float(p.grad.norm()) for n, p in named.items()},
+        {n: None if p.grad is None else p.grad.clone() for n, p in named.items()},
         [name for name, role in m.items() if name != update.role and _has_gradient(role.module, named.values())],
         update.apply,
     )
@@ -217,9 +247,14 @@ def _carry_out(update: Update, m: Roles, optimizers: Mapping[str, torch.optim.Op
     return done
 
 
-def _norm(term: Tensor, params: list[nn.Parameter]) -> float:
+def _gradient_norm(term: Tensor, params: list[nn.Parameter]) -> float:
     grads = torch.autograd.grad(term, params, retain_graph=True, allow_unused=True)
-    return float(torch.stack([g.norm() for g in grads if g is not None] or [torch.zeros(())]).norm())
+    return norm(grads)
+
+
+def norm(tensors: Iterable[Tensor | None]) -> float:
+    """The norm of tensors taken together; those that are None count as 0."""
+    return math.hypot(*(float(t.norm()) for t in tensors if t is not None))
 
 
 def _has_gradient(module: nn.Module, but: Any) -> bool:
@@ -233,13 +268,3 @@ def _values(module: nn.Module) -> dict[str, Tensor]:
 
 def _device(m: Roles) -> torch.device:
     return next((p.device for _, role in m.items() for p in role.module.parameters()), torch.device("cpu"))
-
-
-def examine(exam: Exam, checks: Mapping[str, Callable[[Exam], Any]]) -> Iterator[tuple[str, Any]]:
-    """Each check's result, or the exception `StepFailed`; the global random state is put back."""
-    for name, check in checks.items():
-        with isolated():
-            try:
-                yield name, check(exam)
-            except StepFailed as error:
-                yield name, error

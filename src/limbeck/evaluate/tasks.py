@@ -6,13 +6,15 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
 from limbeck.evaluate import metrics
 from limbeck.evaluate.cost import evaluating
+
+_TEXTS = 1000  # texts that similarity and retrieval look at, evenly spaced: all are compared with all
 
 
 class Evaluator(Protocol):
@@ -44,6 +46,7 @@ class Classification:
     Args:
         source: Held-out samples.
         batch_size: Samples of one call.
+        taught: The same samples as the teacher reads them, where that differs.
 
     Example:
         >>> from limbeck.data import TensorSource
@@ -52,12 +55,12 @@ class Classification:
         >>> m = Roles(student=torch.nn.Identity(), teacher=torch.nn.Identity())
         >>> {name: round(value, 4) for name, value in evaluate(m).items()}
         {'top1': 1.0, 'f1': 1.0, 'ece': 0.4239, 'agreement': 1.0, 'teacher_kl': 0.0}
-    """  # noqa: D205
+    """
 
     task = "classification"
 
-    def __init__(self, source: Source, batch_size: int = 256) -> None:
-        self.source, self.batch_size = source, batch_size
+    def __init__(self, source: Source, batch_size: int = 256, taught: Source | None = None) -> None:
+        self.source, self.batch_size, self.taught = source, batch_size, taught or source
         self._teacher: tuple[Tensor, Tensor | None] | None = None
         labelled = source.batch(torch.zeros(1, dtype=torch.int64), 0).get("y") is not None
         self.primary = "top1" if labelled else "agreement"
@@ -69,21 +72,36 @@ class Classification:
     def judge(self, m: Roles, role: str) -> dict[str, float]:
         """The numbers of any role."""
         if self._teacher is None and "teacher" in m:
-            self._teacher = predict(m.teacher, self.source, self.batch_size)
+            self._teacher = predict(m.teacher, self.taught, self.batch_size)
         if role == "teacher" and self._teacher is not None:
             return _numbers(*self._teacher)
         scores, labels = predict(m[role], self.source, self.batch_size)
         return _numbers(scores, labels, self._teacher[0] if self._teacher is not None else None)
 
 
-def evaluator(source: Source, batch_size: int = 256) -> Evaluator:
-    """The evaluator that fits a source: retrieval and similarity for text without labels, else classification.
+def evaluator(
+    source: Source, student: nn.Module, batch_size: int = 256, taught: Source | None = None
+) -> Evaluator | None:
+    """The evaluator that fits: retrieval or similarity for sentence encoders, else classification.
 
     Args:
         source: Held-out samples.
+        student: The model that is judged.
         batch_size: Samples of one call.
+        taught: The same samples as the teacher reads them, where that differs.
+
+    Returns:
+        None where there is nothing to judge by: texts that are too few.
     """
-    return Classification(source, batch_size)
+    texts = getattr(source, "texts", None)
+    if texts is None or not hasattr(student, "encode"):
+        return Classification(source, batch_size, taught)
+    from limbeck.evaluate.retrieval import Retrieval, Similarity
+
+    some = texts[:: -(-len(texts) // _TEXTS)]
+    if isinstance(some[0], str):
+        return Similarity(some) if len(some) > 2 else None
+    return Retrieval(*zip(*some, strict=True))
 
 
 def predict(role: Role, source: Source, batch_size: int = 256) -> tuple[Tensor, Tensor | None]:

@@ -89,6 +89,12 @@ def _import_module(name: str) -> Any:
     sys.path.insert(0, here)
     try:
         return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise _failed(name, error) from error  # something that the module itself imports
+        near = get_close_matches(name, SCHEMES, n=2, cutoff=0.6)
+        expected = " or ".join(f"{n}:NAME" for n in near) if near else "a module that Python finds, or file.py:function"
+        raise UsageError("there is no such module", where=name, found=error, expected=expected) from None
     except Exception as error:
         raise _failed(name, error) from error
     finally:

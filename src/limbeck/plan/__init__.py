@@ -3,34 +3,65 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from limbeck.core.stages import Train
 from limbeck.engine.settings import Engine
-from limbeck.plan.fake import Fake, fake_batch, fake_roles
+from limbeck.plan.fake import Fake, cached, fake_batch, fake_roles
 from limbeck.plan.gpus import GPUS, Gpu, find_gpu
 from limbeck.plan.memory import Memory
 from limbeck.plan.program import prepare_roles, sample, total_steps, training_stages
-from limbeck.plan.report import Plan, RoleCost, StageCost
+from limbeck.plan.report import LAUNCH, Plan, RoleCost, StageCost
 from limbeck.plan.trace import shard, trace_stage
 
 if TYPE_CHECKING:
-    from limbeck.api import Job
+    from limbeck.core.recipe import Recipe
+    from limbeck.job import Job
+    from limbeck.plan.draft import Draft
 
-__all__ = ["GPUS", "Gpu", "Memory", "Plan", "RoleCost", "StageCost", "plan_job"]
+__all__ = ["GPUS", "Gpu", "Memory", "Plan", "RoleCost", "StageCost", "plan_job", "plan_recipe"]
 
 # The share of a data sheet's peak that convolutional and small models reach in eager PyTorch.
 UTILISATION = {"fp32": 0.5, "bf16": 0.25, "fp16": 0.25}
 
 
-def plan_job(job: Job, gpu: str = "a100-80gb", utilisation: float | None = None) -> Plan:
+def plan_recipe(
+    recipe: Recipe, gpu: str = "a100-80gb", utilisation: float | None = None, samples: int | None = None
+) -> Plan:
+    """Plan a recipe: models are made without weights, and nothing is downloaded.
+
+    Args:
+        recipe: The recipe.
+        gpu: The GPU to plan for, a name in `GPUS`.
+        utilisation: The share of its peak that the hours assume, in (0, 1]. Default: 0.5 in fp32, 0.25 in 16 bits.
+        samples: Training samples, where the data are not on this machine; without it, the hours are not known then.
+
+    Raises:
+        UsageError: Shapes or dtypes do not fit, a name is not known, or the recipe does not say what missing data look like.
+
+    Example:
+        >>> from limbeck.core.recipe import Recipe
+        >>> method = {"name": "kd", "label_weight": 0.5}
+        >>> tree = {"teacher": "timm:resnet10t", "student": "timm:test_resnet", "data": "folder/of/images", "method": method}
+        >>> plan = plan_recipe(Recipe.parse(tree | {"engine": {"batch_size": 8}}), gpu="t4", samples=1000)
+        >>> plan.fits, plan.stages[0].steps, [role.output for role in plan.stages[0].roles]
+        (True, 1250, ['float32[8, 1000]', 'float32[8, 1000]'])
+    """
+    from limbeck.plan.draft import draft
+
+    return plan_job(draft(recipe, samples), gpu, utilisation)
+
+
+def plan_job(job: Job | Draft, gpu: str = "a100-80gb", utilisation: float | None = None) -> Plan:
     """Run one step of each training stage on fake tensors.
 
-    Hours = steps x FLOPs of a step / (peak of the GPU x utilisation). An update that a method makes every few steps is
-    counted in all of them.
+    Hours = steps x the larger of FLOPs / (peak of the GPU x utilisation) and operations x 10 µs. An update that a method
+    makes every few steps is counted in all of them.
 
     Args:
         job: A job, as `limbeck.api.build` makes it; not changed.
@@ -42,11 +73,12 @@ def plan_job(job: Job, gpu: str = "a100-80gb", utilisation: float | None = None)
     """
     card = find_gpu(gpu)
     share = UTILISATION[job.engine.precision] if utilisation is None else utilisation
-    notes: list[str] = []
+    notes = list(getattr(job, "notes", ()))
     stages = _trace(job, job.engine, notes)
     needed = max(map(_needed, stages), default=0)
-    seconds = [math.inf if s.steps is None else s.steps * s.flops for s in stages]
-    hours = sum(seconds) / (card.peak(job.engine.precision) * share) / 3600
+    rate = card.peak(job.engine.precision) * share
+    seconds = tuple(max(s.flops / rate, s.operations * LAUNCH) for s in stages)
+    hours = sum(math.inf if s.steps is None else s.steps * t / 3600 for s, t in zip(stages, seconds, strict=True))
     if job.engine.precision == "bf16" and not card.bfloat16:
         notes.append(f"{card.name} does not compute in bfloat16: set engine.precision=fp16")
     if job.engine.compile:
@@ -59,6 +91,7 @@ def plan_job(job: Job, gpu: str = "a100-80gb", utilisation: float | None = None)
         utilisation=share,
         needed=needed,
         fits=needed <= card.memory,
+        seconds=seconds,
         hours=hours if math.isfinite(hours) else None,
         advice=() if needed <= card.memory else _advice(job, stages, card),
         notes=tuple(notes),
@@ -67,7 +100,7 @@ def plan_job(job: Job, gpu: str = "a100-80gb", utilisation: float | None = None)
 
 def _trace(job: Any, engine: Engine, notes: list[str]) -> list[StageCost]:
     """The cost of each training stage under these settings."""
-    fake, costs = Fake(), []
+    fake, costs = Fake(), list[StageCost]()
     with fake():
         m = fake_roles(job.roles)
     for stage in training_stages(job.method, m, job.data, notes, fake):
@@ -76,7 +109,13 @@ def _trace(job: Any, engine: Engine, notes: list[str]) -> list[StageCost]:
         m.step, m.epoch, m.total = 0, 0, steps or 0
         with fake():
             prepare_roles(stage, m)
-            cost = trace_stage(job.method, m, stage, _parts(stage, seen, engine), job.optim, engine)
+            parts = _parts(stage, seen, engine)
+            if getattr(job.recipe, "cache", None) is not None and "teacher" in m:
+                m.teacher = cached(m.teacher, parts[0])
+            if not costs and not m.lineage:  # the method's check is about the models as they are given
+                with suppress(DataDependentOutputException):
+                    job.method.check(m, parts[0])
+            cost = trace_stage(job.method, m, stage, parts, job.optim, engine)
         memory = shard(cost.memory, m, stage, engine) if engine.shard else cost.memory
         costs.append(replace(cost, memory=memory, steps=steps))
     return costs

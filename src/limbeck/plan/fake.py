@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 from limbeck.core.batch import Batch, _map
 from limbeck.core.roles import Role, Roles
+from limbeck.teachers.cached import Cached
+from limbeck.teachers.store import OUTPUT, Header, Layer, OutputStore
 
 
 class Fake:
@@ -43,11 +45,39 @@ def fake_tensor(tensor: Tensor, samples: int | None = None) -> Tensor:
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
+class FakeStore:
+    """Stored outputs of a teacher, as shapes.
+
+    Args:
+        layers: Shape and dtype of a sample's output, for the output and each stored layer.
+    """
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self.header = Header("", "", "fp32", None, layers)
+
+    def read(self, ids: Tensor, views: Any = 0, layers: Sequence[str] = (OUTPUT,)) -> dict[str, Tensor]:
+        """Empty outputs `[B, ...]` by layer."""
+        known = self.header.layers
+        return {
+            name: torch.empty(len(ids), *known[name].shape, dtype=getattr(torch, known[name].dtype)) for name in layers
+        }
+
+
+def cached(role: Role, batch: Batch) -> Cached:
+    """What stands in for a fake role whose outputs are stored, from what it returns for a fake batch."""
+    with torch.no_grad():
+        output = role(batch)
+    layer = Layer(tuple(output.shape[1:]), str(output.dtype).removeprefix("torch."))
+    return Cached(cast(OutputStore, FakeStore({OUTPUT: layer})))
+
+
 def fake_roles(roles: Roles) -> Roles:
     """The same roles with fake tensors in the place of parameters, buffers and other tensors that modules hold."""
     memo: dict[int, Any] = {}
     for _, role in roles.items():
         for part in role.module.modules():
+            if isinstance(part, Cached):
+                memo[id(part.store)] = FakeStore(part.store.header.layers)
             for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
                 if isinstance(value, Tensor):
                     memo.setdefault(id(value), fake_tensor(value))
@@ -57,7 +87,11 @@ def fake_roles(roles: Roles) -> Roles:
 def copy_roles(roles: Roles, memo: dict[int, Any] | None = None) -> Roles:
     """Deep copies of the roles; what they share, the copies share."""
     memo = {} if memo is None else memo
-    copies = Roles(**{n: Role(n, copy.deepcopy(r.module, memo), r.preprocess) for n, r in roles.items()})
+    copies = Roles()
+    for name, role in roles.items():
+        twin = Role(name, copy.deepcopy(role.module, memo), role.preprocess)
+        twin.frozen, twin._learned = role.frozen, copy.deepcopy(role._learned, memo)
+        setattr(copies, name, twin)
     copies.step, copies.epoch, copies.total, copies.seed = roles.step, roles.epoch, roles.total, roles.seed
     return copies
 

@@ -120,7 +120,7 @@ class MemoryTracker(TorchDispatchMode):
         return self._live[key]
 
     def _end(self, key: int) -> None:
-        self._live.pop(key).died = self._now
+        self._live.pop(key).died = self._now + 1  # it was there while the output of the present operation was made
 
 
 def _check_dtypes(args: tuple[Any, ...], func: Any) -> None:

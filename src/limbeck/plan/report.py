@@ -9,6 +9,8 @@ from limbeck.plan.gpus import Gpu
 from limbeck.plan.memory import Memory
 from limbeck.report.format import show
 
+LAUNCH = 1e-5  # seconds that eager PyTorch needs to start an operation on a GPU, which small models wait for
+
 
 @dataclass(frozen=True)
 class RoleCost:
@@ -40,6 +42,7 @@ class StageCost:
         batch: What one micro-batch looks like.
         roles: The roles.
         flops: Of one step on one device, backward included.
+        operations: Kernels that one step starts, about.
         memory: At the peak of a step, on one device.
         steps: Steps of the stage, or None where the recipe does not say.
     """
@@ -48,6 +51,7 @@ class StageCost:
     batch: str
     roles: tuple[RoleCost, ...]
     flops: int
+    operations: int
     memory: Memory
     steps: int | None
 
@@ -64,6 +68,7 @@ class Plan:
         utilisation: The share of the GPU's peak that the hours assume.
         needed: Bytes that one GPU must have: the peak, and what the estimate does not see.
         fits: Whether it has them.
+        seconds: Of one step of each stage.
         hours: Hours of all stages, evaluation and slow data loading not counted; None where the steps are not known.
         advice: What to change when it does not fit.
         notes: What is not exact.
@@ -76,6 +81,7 @@ class Plan:
     utilisation: float
     needed: int
     fits: bool
+    seconds: tuple[float, ...]
     hours: float | None
     advice: tuple[str, ...]
     notes: tuple[str, ...]
@@ -83,7 +89,7 @@ class Plan:
     @property
     def memory(self) -> Memory:
         """The memory of the stage that needs most."""
-        return max((stage.memory for stage in self.stages), key=lambda m: m.peak)
+        return max((stage.memory for stage in self.stages), key=lambda m: m.peak, default=Memory())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data."""
@@ -91,6 +97,9 @@ class Plan:
         for stage, cost in zip(plain["stages"], self.stages, strict=True):
             stage["memory"]["peak"] = cost.memory.peak
         return plain
+
+    def __str__(self) -> str:
+        return self.render()
 
     def render(self) -> str:
         """The plan as a text table."""
@@ -103,9 +112,13 @@ class Plan:
             f"{verdict}: about {_gb(self.needed)} of {_gb(self.gpu.memory)} on {name} in {self.precision}"
             " (peak + 10 % + 1 GB for the driver, kernels and fragmentation)"
         )
+        speed = f"at {self.utilisation:.0%} of {self.gpu.peak(self.precision) / 1e12:g} TFLOP/s"
+        speed += f" and at least {LAUNCH * 1e6:g} µs for an operation, if the data keep up"
         if self.hours is not None:
-            speed = f"{self.utilisation:.0%} of {self.gpu.peak(self.precision) / 1e12:g} TFLOP/s"
-            lines.append(f"takes: about {_hours(self.hours)} at {speed}, if the data keep up")
+            lines.append(f"takes: about {_hours(self.hours)} {speed}")
+        else:
+            steps = ", ".join(show("seconds", seconds) for seconds in self.seconds)
+            lines.append(f"takes: about {steps} per step {speed}; give the number of samples for hours")
         lines += [f"advice: {text}" for text in self.advice]
         lines += [f"note: {text}" for text in self.notes]
         return "\n".join(lines)

@@ -82,7 +82,7 @@ def trace_stage(
         for name, role in m.items()
     )
     total = counter.get_total_flops() - before
-    return StageCost(stage.name, repr(parts[0]), costs, total, tracker.peak(start), None)
+    return StageCost(stage.name, repr(parts[0]), costs, total, tracker.now - start, tracker.peak(start), None)
 
 
 def shard(memory: Memory, m: Roles, stage: Train, engine: Engine) -> Memory:
@@ -104,8 +104,12 @@ def explained(stage: Train, batch: Batch, outputs: Mapping[str, str]) -> Iterato
     """Turn what torch says about a failure in a step into an error that names the role, the place and the tensors."""
     try:
         yield
-    except LimbeckError:
-        raise
+    except LimbeckError as error:
+        role, place = _place(error, stage)
+        if role is None:
+            raise
+        where = place if error.where is None else f"{place}: {error.where}"
+        raise type(error)(error.what, where=where, found=error.found, expected=error.expected, fix=error.fix) from error
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise UsageError(
             "the step looks at the value of a tensor, and a plan knows shapes only",
@@ -115,14 +119,16 @@ def explained(stage: Train, batch: Batch, outputs: Mapping[str, str]) -> Iterato
         ) from error
     except Exception as error:
         role, place = _place(error, stage)
-        found = [f"batch {', '.join(f'{k} {_shape(v)}' for k, v in batch.fields().items())}"]
-        found += [f"{name} returned {shape}" for name, shape in outputs.items()]
+        given = ", ".join(f"{k} {_shape(v)}" for k, v in batch.fields().items())
+        returned = "".join(f"; {name} returned {shape}" for name, shape in outputs.items())
         raise UsageError(
             f"the role '{role}' cannot take this input" if role else f"stage '{stage.name}' cannot combine its tensors",
             where=place,
-            found="; ".join(found) if not role else found[0],
-            expected=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}",
-            fix="let the model and the data agree in shape and dtype" if role else "let the roles' outputs agree in shape",
+            found=f"batch {given}{'' if role else returned}",
+            expected=f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}",
+            fix="let model and data agree in shape and dtype"
+            if role
+            else "let the roles' outputs and the labels agree",
         ) from error
 
 

@@ -92,7 +92,7 @@ def collect(
         for view in range(views):
             todo = writer.missing(source.ids, view).nonzero().squeeze(1)
             done += len(source) - len(todo)
-            for rows in todo.split(batch_size):
+            for rows in todo.split(batch_size) if len(todo) else ():
                 batch = source.batch(rows, view)
                 writer.add(batch.id, batch.view, _outputs(role, batch.to(home), layers))
                 done += len(rows)
@@ -109,6 +109,7 @@ class _Writer:
         self.path, self.header, self.shard_bytes = path, header, shard_bytes
         self.parts: list[Columns] = []
         self.bytes = self.number = 0
+        self.changed = False
         self.saved = time.monotonic()
         self.store: OutputStore | None = None
         if (path / "store.json").exists() or shard_files(path):
@@ -119,11 +120,13 @@ class _Writer:
         self.store = OutputStore(self.path)
         self.header = self.store.header
         expected: dict[str, Any] = {"teacher fingerprint": wanted.teacher, "data fingerprint": wanted.data}
-        expected |= {"dtype": wanted.dtype, "top_k": wanted.top_k, "layers": list(layers)}
+        expected |= {"dtype": wanted.dtype, "top_k": wanted.top_k, "layers": sorted(layers)}
         refuse_mismatch(self.path, self.header, expected)
         if files := shard_files(self.path):
             self.number = int(files[-1].stem.removeprefix("shard-"))
-            self._append(read_shard(files[-1], verify=False))
+            self.parts = [read_shard(files[-1], verify=False)]
+            self.bytes = _bytes(self.parts[0])
+            self._close_full()
 
     def missing(self, ids: Tensor, view: int) -> Tensor:
         """Which sample ids were not stored with the view before this run."""
@@ -145,9 +148,12 @@ class _Writer:
         columns = {"id": ids.cpu(), "view": views.cpu()}
         for name, tensor in outputs.items():
             columns |= _pack(name, tensor, self.header)
-        self._append(columns)
-        if time.monotonic() - self.saved > _FLUSH_SECONDS:
+        self.parts.append(columns)
+        self.bytes += _bytes(columns)
+        self.changed = True
+        if self.bytes >= self.shard_bytes or time.monotonic() - self.saved > _FLUSH_SECONDS:
             self.flush()
+        self._close_full()
 
     def _begin(self, layers: Mapping[str, Layer]) -> None:
         self.header = replace(self.header, layers=layers)
@@ -158,16 +164,13 @@ class _Writer:
             )
         write_text(self.path / "store.json", self.header.to_json())
 
-    def _append(self, columns: Columns) -> None:
-        self.parts.append(columns)
-        self.bytes += sum(t.nbytes for t in columns.values())
+    def _close_full(self) -> None:
         if self.bytes >= self.shard_bytes:
-            self.flush()
             self.parts, self.bytes, self.number = [], 0, self.number + 1
 
     def flush(self) -> None:
         """Write the last shard, aside and renamed."""
-        if not self.parts:
+        if not self.changed:
             return
         columns = {name: torch.cat([part[name] for part in self.parts]) for name in self.parts[0]}
         self.parts = [columns]
@@ -175,15 +178,29 @@ class _Writer:
         scratch = file.with_suffix(".part")  # of one name, so that a kill leaves nothing that is not written over
         save_file(columns, scratch, metadata={"crc32": checksum(columns)})
         os.replace(scratch, file)
-        self.saved = time.monotonic()
+        self.saved, self.changed = time.monotonic(), False
+
+
+def _bytes(columns: Columns) -> int:
+    return sum(t.nbytes for t in columns.values())
 
 
 def _outputs(role: Role, batch: Batch, layers: Sequence[str]) -> dict[str, Tensor]:
     """The output and the taps `[B, ...]` by name."""
-    if not layers:
-        return {OUTPUT: role(batch)}
-    output, taps = role.features(batch, *layers)
-    return {OUTPUT: output, **{name: main_output(taps[name]) for name in layers}}
+    if layers:
+        output, taps = role.features(batch, *layers)
+        outputs = {OUTPUT: output, **{name: main_output(taps[name]) for name in layers}}
+    else:
+        outputs = {OUTPUT: role(batch)}
+    for name, tensor in outputs.items():
+        if not tensor.is_floating_point() or len(tensor) != len(batch.id):
+            raise UsageError(
+                "a layer's outputs cannot be stored",
+                where=name,
+                found=f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)} for {len(batch.id)} samples",
+                expected="floating-point numbers, one row for each sample",
+            )
+    return outputs
 
 
 def _pack(name: str, tensor: Tensor, header: Header) -> Columns:
@@ -207,8 +224,6 @@ def _pack(name: str, tensor: Tensor, header: Header) -> Columns:
 
 
 def _check_arguments(role: Role, source: Source, views: int, dtype: str, layers: Sequence[str]) -> None:
-    for path in layers:
-        find(role.module, path, role.name)
     problems = [
         ("dtype", dtype in DTYPES, dtype, ", ".join(DTYPES), None),
         ("views", views >= 1, views, ">= 1", "give the data a fixed number of views; a new one every epoch has no end"),
@@ -219,3 +234,5 @@ def _check_arguments(role: Role, source: Source, views: int, dtype: str, layers:
     for where, ok, found, expected, fix in problems:
         if not ok:
             raise UsageError("the outputs cannot be stored", where=where, found=found, expected=expected, fix=fix)
+    for path in layers:
+        find(role.module, path, role.name)

@@ -53,9 +53,10 @@ class Ensemble(nn.Module):
         class_maps = [None] * size if class_maps is None else class_maps
         _check(size, average, weights, preprocess, class_maps)
         self.average = average
-        self.members = nn.ModuleList(modules)
         self.roles = [Role(f"member {i}", m, p) for i, (m, p) in enumerate(zip(modules, preprocess, strict=True))]
+        self.members = nn.ModuleList(modules)
         self.takes_batch = any(role.takes_batch for role in self.roles)
+        self.largest = [0 if classes is None else max(classes) for classes in class_maps]
         self.register_buffer("weights", torch.tensor(weights) / sum(weights), persistent=False)
         for i, (role, classes) in enumerate(zip(self.roles, class_maps, strict=True)):
             role.freeze()
@@ -81,7 +82,16 @@ class Ensemble(nn.Module):
     def _member(self, i: int, x: Any) -> Tensor:
         z = self.roles[i](x)
         index = getattr(self, f"class_map_{i}")
-        return z if index is None else z.index_select(-1, index)
+        if index is None:
+            return z
+        if self.largest[i] >= z.shape[-1]:
+            raise UsageError(
+                "a class map names a class that the member does not have",
+                where=f"class_maps[{i}]",
+                found=self.largest[i],
+                expected=f"0 to {z.shape[-1] - 1}",
+            )
+        return z.index_select(-1, index)
 
     def extra_repr(self) -> str:
         """What belongs to the fingerprint beside the members."""
@@ -92,6 +102,12 @@ def _check(size: int, average: str, weights: Sequence[float], *lists: Sequence[A
     problems = [
         ("modules", size > 0, "none", "one member or more"),
         ("average", average in ("probabilities", "logits"), average, "probabilities or logits"),
+        (
+            "class_maps",
+            all(m is None or (len(m) and min(m) >= 0) for m in lists[-1]),
+            "no class, or one below 0",
+            "classes",
+        ),
         ("weights", all(0 < w < math.inf for w in weights), list(weights), "finite numbers above 0"),
         *(
             (name, len(v) == size, f"{len(v)} items", f"{size}, one per member")

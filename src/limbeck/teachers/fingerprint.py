@@ -46,7 +46,8 @@ def fingerprint(model: nn.Module | Role) -> str:
 
 def _module(module: nn.Module) -> Iterator[Any]:
     for name, part in module.named_modules():
-        yield f"{name}:{type(part).__module__}.{type(part).__qualname__}\n".encode()
+        # Not the class's module: a script's classes live in __main__, and in a module when it is imported.
+        yield f"{name}:{type(part).__qualname__}\n".encode()
     yield _ADDRESS.sub("", repr(module)).encode()
     yield json.dumps(_config(module), sort_keys=True, default=str).encode()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
@@ -65,4 +66,4 @@ def _function(function: Callable[[Any], Any] | None) -> Iterator[Any]:
     if isinstance(function, nn.Module):
         yield from _module(function)
     elif function is not None:
-        yield f"{getattr(function, '__module__', '')}:{_ADDRESS.sub('', repr(function))}".encode()
+        yield _ADDRESS.sub("", repr(function)).encode()

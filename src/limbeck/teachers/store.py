@@ -261,7 +261,7 @@ def refuse_mismatch(path: Path, header: Header, expected: Mapping[str, Any]) -> 
         "data fingerprint": header.data,
         "dtype": header.dtype,
         "top_k": header.top_k,
-        "layers": [name for name in header.layers if name != OUTPUT],
+        "layers": sorted(name for name in header.layers if name != OUTPUT),
     }
     if names := [name for name, value in expected.items() if found[name] != value]:
         raise UsageError(

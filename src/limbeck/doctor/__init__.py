@@ -1,0 +1,67 @@
+"""What will go wrong with a job, before it does: every check with the fix in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from inspect import getdoc
+from typing import TYPE_CHECKING
+
+from limbeck.data.seeding import isolated
+from limbeck.doctor import data, models, training
+from limbeck.doctor.exam import Exam, StepFailed
+from limbeck.doctor.finding import Diagnosis, Finding
+
+if TYPE_CHECKING:
+    from limbeck.job import Job
+
+__all__ = ["CHECKS", "Diagnosis", "Exam", "Finding", "diagnose"]
+
+CHECKS: Mapping[str, Callable[[Exam], Finding | None]] = {
+    check.__name__: check
+    for check in (
+        data.inputs,
+        data.labels,
+        models.shapes,
+        models.method,
+        models.classes,
+        models.class_order,
+        models.vocabulary,
+        models.normalisation,
+        models.teacher_skill,
+        models.modes,
+        training.first_loss,
+        training.gradient_leaks,
+        training.unused_parameters,
+        training.dead_terms,
+        training.no_op,
+        training.learning_rate,
+    )
+}
+
+
+def diagnose(job: Job, samples: int = 64) -> Diagnosis:
+    """Examine a job's first training stage on one batch.
+
+    Everything is done on copies: models, modes, gradients and the global random state stay as they were.
+
+    Args:
+        job: A job, as `limbeck.api.build` makes it.
+        samples: Samples of the batch, at most; the run's batch size where that is smaller.
+
+    Returns:
+        A finding for each check.
+
+    Raises:
+        UsageError: The program has no stage that trains by steps.
+    """
+    with isolated():
+        exam = Exam(job, samples)
+        return Diagnosis(tuple(_judge(name, check, exam) for name, check in CHECKS.items()))
+
+
+def _judge(name: str, check: Callable[[Exam], Finding | None], exam: Exam) -> Finding:
+    try:
+        finding = check(exam)
+    except StepFailed:
+        return Finding(name, "skipped", "the first step has to run for this check")
+    return finding or Finding(name, "ok", (getdoc(check) or "").splitlines()[0])

@@ -1,0 +1,157 @@
+"""A recipe's job without weights and, where they are not on this machine, without data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
+from limbeck.core.method import Method
+from limbeck.core.optim import OptimSpec
+from limbeck.core.recipe import Recipe
+from limbeck.core.roles import Role, Roles
+from limbeck.data import embedded, load_data
+from limbeck.data.options import DataOptions
+from limbeck.engine.settings import Engine
+from limbeck.models.load import load_model, model_image_size, model_preprocess, model_tokenizer
+from limbeck.models.specs import is_object
+from limbeck.teachers import Ensemble
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a plan needs of a job.
+
+    Args:
+        method: The program.
+        roles: The models, on the meta device.
+        data: The data, or shapes in their place.
+        engine: How it is executed.
+        optim: How each role is optimised.
+        recipe: What this was made from.
+        notes: What was assumed.
+    """
+
+    method: Method
+    roles: Roles
+    data: Any
+    engine: Engine
+    optim: Mapping[str, OptimSpec]
+    recipe: Recipe
+    notes: tuple[str, ...] = ()
+
+
+class Shapes:
+    """A source that knows what its batches look like, and holds no samples.
+
+    Args:
+        x: Shape and dtype of one sample, by name where a sample has several parts.
+        labelled: Whether there are labels.
+        samples: How many there would be.
+    """
+
+    views = 0
+
+    def __init__(self, x: Mapping[str, tuple[tuple[int, ...], torch.dtype]], labelled: bool, samples: int) -> None:
+        self.x, self.labelled, self.ids = x, labelled, torch.arange(samples)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: Tensor, view: int) -> Batch:
+        """Whatever the memory holds: only shapes and dtypes count."""
+        parts = {name: torch.empty(len(rows), *shape, dtype=dtype) for name, (shape, dtype) in self.x.items()}
+        x = parts["x"] if list(parts) == ["x"] else parts
+        y = {"y": torch.zeros(len(rows), dtype=torch.int64)} if self.labelled else {}
+        return Batch(x=x, id=self.ids[rows], view=torch.full((len(rows),), view), **y)
+
+    def fingerprint(self) -> str:
+        """There is no content."""
+        return "shapes"
+
+
+def draft(recipe: Recipe, samples: int | None = None) -> Draft:
+    """The job of a recipe, with models on the meta device and no downloads.
+
+    Args:
+        recipe: The recipe.
+        samples: Training samples, where the data are not on this machine.
+
+    Raises:
+        UsageError: A model is not known, or the data are not here and the recipe does not say what they look like.
+    """
+    options = {"spec": recipe.data} if isinstance(recipe.data, str) else dict(recipe.data)
+    spec, notes = options.pop("spec"), list[str]()
+    classes = len(options["classes"]) if options.get("classes") else None
+    here = _is_here(spec)
+    teacher = _teacher(recipe.teacher, classes)
+    if here:
+        data: Any = load_data(spec, tokenizer=None if teacher is None else model_tokenizer(teacher), **options)
+        classes = classes or data.num_classes
+    else:
+        source = _shapes(spec, options, teacher, samples or recipe.engine.batch_size)
+        # Without a number of samples the data are endless, and the number of steps is not known.
+        endless = partial(_endless, source)
+        data = SimpleNamespace(train=source if samples else endless)
+        shown = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in source.x.items())
+        notes.append(f"the data '{spec}' are not on this machine: samples are taken to be {shown}")
+    student = _model(recipe.student, classes, teacher)
+    modules = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+    roles = Roles(**{name: Role(name, module, model_preprocess(module)) for name, module in modules.items()})
+    return Draft(recipe.method, roles, data, recipe.engine, recipe.optim, recipe, tuple(notes))
+
+
+def _is_here(spec: str) -> bool:
+    named = spec in embedded.NAMES or is_object(spec)
+    return named or Path(spec.removeprefix("hf:")).expanduser().exists()
+
+
+def _teacher(spec: str | list[str] | None, classes: int | None) -> nn.Module | None:
+    if spec is None or isinstance(spec, str):
+        return None if spec is None else _model(spec, classes, None)
+    return Ensemble([_model(member, classes, None) for member in spec])
+
+
+def _model(spec: str, classes: int | None, teacher: nn.Module | None) -> nn.Module:
+    """A model on the meta device; sentence encoders, which cannot be had without their weights, with them."""
+    if spec.startswith("st:") or re.match(r"layers:|static$", spec):
+        return load_model(spec, teacher=teacher)
+    plain = spec.partition("@")[0]  # a file of weights need not be here
+    with torch.device("meta"):
+        return load_model(plain, num_classes=classes, teacher=teacher, pretrained=False)
+
+
+def _endless(source: Shapes, step: int, generator: torch.Generator) -> Batch:
+    return source.batch(torch.arange(len(source)), step)
+
+
+def _shapes(spec: str, options: Mapping[str, Any], teacher: nn.Module | None, samples: int) -> Shapes:
+    known = DataOptions.of(options)
+    if teacher is not None and model_tokenizer(teacher) is not None:
+        if known.max_length is None:
+            raise _unknown(spec, "data.max_length", "the number of tokens of a text")
+        tokens = ((known.max_length,), torch.int64)
+        return Shapes({"input_ids": tokens, "attention_mask": tokens}, known.label is not None, samples)
+    size = known.image_size or (None if teacher is None else model_image_size(teacher))
+    if size is None:
+        raise _unknown(spec, "data.image_size", "the pixels of a side of an image")
+    return Shapes({"x": ((3, size, size), torch.float32)}, True, samples)
+
+
+def _unknown(spec: str, field: str, what: str) -> UsageError:
+    return UsageError(
+        "the data are not on this machine, and the recipe does not say what they look like",
+        where=field,
+        found=f"'{spec}' is no file or folder here",
+        expected=what,
+        fix=f"correct the path, or set {field}",
+    )

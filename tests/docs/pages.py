@@ -1,0 +1,43 @@
+"""The code blocks of the documentation."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CARDS = sorted((ROOT / "src" / "limbeck" / "methods").glob("*/card.md"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+_BLOCK = re.compile(r"^```(\w+)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, text, and the line that its text begins on."""
+
+    language: str
+    text: str
+    line: int
+
+
+def blocks(path: Path, *languages: str) -> list[Block]:
+    """The blocks of a page in some languages; those that show a file of the repository are left to that file's test."""
+    page = path.read_text(encoding="utf-8")
+    found = [Block(m[1], m[2], page.count("\n", 0, m.start(2)) + 1) for m in _BLOCK.finditer(page)]
+    return [b for b in found if b.language in languages and "--8<--" not in b.text]
+
+
+def program(path: Path) -> str:
+    """The Python blocks of a page as one program, each on the lines that it has in the page."""
+    lines: list[str] = []
+    for block in blocks(path, "python"):
+        lines += [""] * (block.line - 1 - len(lines)) + block.text.splitlines()
+    return "\n".join(lines) + "\n"
+
+
+def commands(path: Path) -> list[str]:
+    """The `limbeck` commands of a page's console blocks."""
+    lines = [line for block in blocks(path, "console", "bash") for line in block.text.splitlines()]
+    parts = [part.strip() for line in lines for part in line.removeprefix("$ ").split("&&")]
+    return [part for part in parts if part.startswith("limbeck")]

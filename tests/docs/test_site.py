@@ -1,0 +1,82 @@
+"""The pages that are made from the code hold what the code holds."""
+
+import ast
+import importlib.util
+import json
+
+import pytest
+from pages import ROOT
+
+from limbeck.core import registry
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    spec = importlib.util.spec_from_file_location("limbeck_docs_hooks", ROOT / "docs" / "hooks.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def public_names():
+    """`module.name` for every name in an `__all__` of the package."""
+    found = []
+    for path in sorted((ROOT / "src" / "limbeck").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+                module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts).removesuffix(".__init__")
+                found += [f"{module}:{name}" for name in ast.literal_eval(node.value) if not name.startswith("__")]
+    return found
+
+
+def test_every_public_name_is_in_the_reference(hooks):
+    shown = {name for objects in hooks.reference().values() for name in objects}
+    names = public_names()
+    assert len(names) > 50
+    missing = []
+    for spec in names:
+        value = hooks.find(spec)
+        where = (
+            getattr(value, "__module__", spec.partition(":")[0]),
+            getattr(value, "__qualname__", spec.partition(":")[2]),
+        )
+        if ".".join(where) not in shown and spec.replace(":", ".") not in shown:
+            missing.append(spec)
+    assert not missing
+
+
+def test_no_object_is_on_two_pages_of_the_reference(hooks):
+    shown = [name for objects in hooks.reference().values() for name in objects]
+    assert len(shown) == len(set(shown))
+
+
+@pytest.mark.parametrize("name", registry.METHODS)
+def test_a_method_page_has_card_fields_proof_and_code(hooks, name):
+    page = hooks.method_page(name)
+    assert registry.card(name).text in page
+    assert all(f"`{field}`" in page for field, _, _ in hooks.fields(registry.find(name)))
+    assert f"class {registry.find(name).__name__}(Method)" in page
+    proof = hooks.read_proof(name)
+    if proof is not None:
+        assert all(f"{arm['mean']:.2f}" in page for arm in proof["summary"].values())
+        assert f"**{proof['verdict']}**" in page
+
+
+def test_a_field_shows_its_default_and_its_meaning(hooks):
+    table = hooks.fields_table(registry.find("kd"))
+    row = next(line for line in table.splitlines() if "`temperature`" in line)
+    assert json.dumps(registry.find("kd")().temperature) in row
+    assert "higher shows more" in row
+
+
+def test_the_marks_of_a_page_are_replaced(hooks):
+    page = hooks.on_page_markdown("<!-- fields limbeck.core.optim:Optim -->\n<!-- commands -->\n<!-- methods -->")
+    assert "<!--" not in page
+    assert all(text in page for text in ("`weight_decay`", "## limbeck distill", "[kd](methods/kd.md)"))
+
+
+def test_links_of_the_readme_become_links_of_the_site(hooks):
+    text = (
+        "[a](docs/start.md) ![b](docs/img/x.svg) [kd](src/limbeck/methods/kd/card.md) [L](LICENSE) [c](CONTRIBUTING.md)"
+    )
+    assert hooks.from_root(text) == "[a](start.md) ![b](img/x.svg) [kd](methods/kd.md) L [c](contributing.md)"
