@@ -54,18 +54,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace `<!-- fields module:Class -->`, `<!-- commands -->` and `<!-- methods -->` by tables made from the code."""
+    """Replace the marks `fields module:Class`, `file path`, `commands` and `methods` (in comments) by what they stand for."""
+    markdown = re.sub(r"<!-- file (\S+) -->", lambda m: file_block(m[1]), markdown)
     markdown = re.sub(r"<!-- fields (\S+) -->", lambda m: fields_table(find(m[1])), markdown)
-    markdown = markdown.replace("<!-- commands -->", "" if "<!-- commands -->" not in markdown else commands())
-    return markdown.replace("<!-- methods -->", methods_table("methods/"))
+    made = {"commands": commands, "methods": lambda: methods_table("methods/")}
+    return re.sub(r"<!-- (commands|methods) -->", lambda m: made[m[1]](), markdown)
 
 
 def from_root(text: str) -> str:
     """A page of the repository's root as a page of the site: links into docs/ and to cards become links between pages."""
     text = re.sub(r"\]\(docs/([^)]*)\)", r"](\1)", text)
     text = re.sub(r"\]\(src/limbeck/methods/(\w+)/card\.md\)", r"](methods/\1.md)", text)
+    text = re.sub(r"\]\(src/limbeck/(\w+)/__init__\.py\)", r"](reference/\1.md)", text)
     text = text.replace("](CONTRIBUTING.md)", "](contributing.md)")
     return re.sub(r"\[([^\]]*)\]\((LICENSE|CHANGELOG\.md|changes/|examples/\S*|benchmarks/\S*)\)", r"\1", text)
+
+
+def file_block(path: str) -> str:
+    """A file of the repository as a block of code."""
+    return f'```python title="{path}"\n{(ROOT / path).read_text(encoding="utf-8")}```'
 
 
 def find(spec: str) -> Any:
@@ -146,7 +153,8 @@ def proof_section(name: str, proof: dict[str, Any] | None) -> str:
             row([f"{c['arm']} − {c['baseline']}", f"{c['mean']:+.2f}", interval, asked, "yes" if c["holds"] else "no"])
         )
     where, cost = proof.get("environment", {}), proof["cost"]
-    measured = f"{cost['trials']} trials in {cost['seconds']:.0f} s on {where.get('cpu', 'a CPU')}, torch {where.get('torch', '?')}"
+    machine = f"{where.get('cpu', 'a CPU')}, torch {where.get('torch', '?')}"
+    measured = f"{cost['trials']} trials in {cost['seconds']:.0f} s on {machine}"
     return "\n\n".join(
         [
             "## Proof",

@@ -37,7 +37,8 @@ class Distillation(lightning.LightningModule):
         optimizers = dict(zip(self.learning, found if isinstance(found, list) else [found], strict=True))
         for update in updates(self.method.step, self.roles, Batch(x=x, y=y), role="student"):
             if update.loss is not None:
-                self.manual_backward(update.loss)
+                own = [p for p in self.learning[update.role].parameters() if p.requires_grad]
+                self.manual_backward(update.loss, inputs=own)  # the loss may pass through another role that learns
                 self.log(f"loss/{update.role}", update.loss.detach())
             if update.apply:
                 optimizers[update.role].step()

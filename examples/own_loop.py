@@ -34,7 +34,7 @@ def main() -> None:
     for _ in range(20):
         for rows in torch.randperm(len(data.train)).split(64):
             for update in method.step(m, data.train.batch(rows, view=0)):
-                update.loss.backward()
+                update.backward(m)
                 optimizers[update.role].step()
                 optimizers[update.role].zero_grad()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from limbeck.convert.record import load_student, save_student
 from limbeck.core import registry
 from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
@@ -22,6 +23,8 @@ from limbeck.engine.settings import Engine
 from limbeck.evidence import Evidence
 from limbeck.export.files import write_text
 from limbeck.job import Job, Origin, claim, describe, gather
+from limbeck.models.folder import save_folder
+from limbeck.models.load import load_model
 from limbeck.report.run import write_report
 from limbeck.teachers import Cached, collect
 from limbeck.timing import seconds_of, steps_within
@@ -126,7 +129,7 @@ def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -
     job = claim(job if isinstance(job, Job) else build(job))
     evidence = Evidence.begin(job)
     _open(job, evidence)
-    if job.recipe.cache is not None or job.taught is not None:
+    if job.stored:
         folder = job.recipe.cache or job.out / "cache"
         store = collect(job.roles.teacher, job.taught or job.data.train, folder, batch_size=job.engine.batch_size)
         job.roles.teacher = Cached(store)
@@ -150,10 +153,18 @@ def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -
     return result
 
 
-def load(path: str | os.PathLike[str]) -> nn.Module:
-    """The student of a run, from the run's folder or the student's own."""
-    folder = Path(path)
-    return load_model(str(folder / "student" if (folder / "student").is_dir() else folder))
+def load(path: str | os.PathLike[str], module: nn.Module | None = None) -> nn.Module:
+    """The student of a run.
+
+    Args:
+        path: The run's folder, or the student's own.
+        module: An untrained student, where it is a module of the caller's, whose code is not stored.
+
+    Raises:
+        UsageError: There is no student in the folder, or it is damaged or another one.
+    """
+    folder = Path(path) / "student" if (Path(path) / "student").is_dir() else Path(path)
+    return load_model(folder) if module is None else load_student(folder, module)
 
 
 def methods() -> dict[str, Card]:
@@ -187,6 +198,10 @@ def _record(job: Job) -> None:
 def _save(job: Job, roles: Roles) -> None:
     """Write the student's folder, in the form of the library that it is of."""
     made = roles.lineage.get("student", {"base": "student", "records": []})
-    origin = job.origin if made["base"] == "student" else Origin(job.recipe.teacher)
-    records = [*origin.records, *made["records"]]
-    ...
+    teacher = job.recipe.teacher if isinstance(job.recipe.teacher, str) else None
+    origin = job.origin if made["base"] == "student" else Origin(teacher)
+    records, module = [*origin.records, *made["records"]], roles.student.module
+    if origin.spec is None:
+        save_student(job.out / "student", module, records)
+    else:
+        save_folder(module, job.out / "student", origin.spec, num_classes=origin.num_classes, records=records)

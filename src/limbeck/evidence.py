@@ -45,7 +45,7 @@ class Evidence:
             began = time.perf_counter()
             evidence.models["student_before"] = _judge(job, job.roles, "student")
             evidence.seconds = time.perf_counter() - began
-        if job.recipe.cache is not None:  # stored outputs will stand in for the teacher, of the training data alone
+        if job.stored:  # they are of the training data alone
             for judge in filter(None, (job.evaluate, job.test)):
                 judge.judge(job.roles, "teacher")
         return evidence

@@ -13,7 +13,7 @@ import torch
 import yaml
 from torch import nn
 
-from limbeck.checks import check_data, check_out, check_roles, first_batch
+from limbeck.checks import check_data, check_out, check_roles, explained, first_batch
 from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
 from limbeck.core.optim import OptimSpec
@@ -81,6 +81,11 @@ class Job:
     budget: float | None = None
     origin: Origin = Origin()
     taught: Source | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether stored outputs stand in for the teacher while the student learns."""
+        return self.recipe.cache is not None or self.taught is not None
 
     def with_steps(self, steps: int) -> Job:
         """The job with a number of steps in the place of a budget, in the recipe as well."""
@@ -257,11 +262,17 @@ def _tokenised(data: Data, teacher: nn.Module | None, student: nn.Module) -> tup
     if own is None and other is None:
         return data, None  # the first batch says what is missing
     first, second = own or other, other or own
-    read = Data(**{name: source.with_tokenizer(first, source.max_length) for name, source in data.items()})
-    sample = read.train.subset(read.train.lengths.argsort(descending=True)[:_COMPARED])
-    if second is first or sample.with_tokenizer(second, sample.max_length).fingerprint() == sample.fingerprint():
+    with explained("these texts cannot be tokenised", "data", "texts"):
+        read = _read(data, first)
+    longest = read.train.subset(read.train.lengths.argsort(descending=True)[:_COMPARED])
+    one, other = (longest.with_tokenizer(tokenizer, longest.max_length).fingerprint() for tokenizer in (first, second))
+    if one == other:
         return read, None
-    return read, Data(**{name: source.with_tokenizer(second, source.max_length) for name, source in data.items()})
+    return read, _read(data, second)
+
+
+def _read(data: Data, tokenizer: Any) -> Data:
+    return Data(**{name: source.with_tokenizer(tokenizer, source.max_length) for name, source in data.items()})
 
 
 def _identity(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:

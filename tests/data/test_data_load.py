@@ -152,6 +152,8 @@ def test_objects():
         divided = load_data(value, validation=0.2, test=0)
         assert list(divided) == ["train", "validation"]
         assert divided.num_classes == 2
+    arrays = load_data({"x": x.numpy(), "y": y.numpy()}, validation=0, test=0)
+    assert torch.equal(arrays.train.ids, source.ids)
     assert "x" in load_data({"input_ids": y, "attention_mask": y}, validation=0, test=0).train.batch(
         torch.tensor([0]), 0
     )
@@ -179,7 +181,7 @@ def test_own_sources_are_divided_too():
     [
         ("a.csv", "", {}, "no samples"),
         ("a.csv", "text,label\n", {}, "no samples"),
-        ("a.csv", "text,label\na,0\nb\n", {}, r"(?s)another number of fields.*line 3.*expected: 2"),
+        ("a.csv", 'text,label\n\n"a\nb",0\nb\n', {}, r"(?s)another number of fields.*line 5.*expected: 2"),
         ("a.csv", "phrase,mood\na,0\nb,1\n", {}, r"(?s)no column.*phrase \(text\), mood \(integer\).*text="),
         (
             "a.csv",

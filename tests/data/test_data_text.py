@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -124,6 +126,19 @@ def test_a_tokenizer_of_transformers(tmp_path):
     assert cut.tolist() == tokenizer([TEXTS[4]], truncation=True, max_length=3)["input_ids"]
     pairs = TextSource([("dogs", "the end")], tokenizer).batch(rows(0), 0).x["input_ids"]
     assert pairs.tolist() == [tokenizer("dogs", "the end")["input_ids"]]
+
+
+def test_the_tokenizer_of_a_sentence_encoder_cuts_before_its_marks():
+    @dataclass(frozen=True)
+    class Marked:
+        max_length: int = 8
+
+        def __call__(self, texts):
+            return {"input_ids": [[1, *words([t])["input_ids"][0][: self.max_length - 2], 2] for t in texts]}
+
+    assert TextSource(TEXTS, Marked(), max_length=4).batch(rows(0), 0).x["input_ids"].tolist() == [[1, 1, 4, 2]]
+    with pytest.raises(UsageError, match="pairs of texts"):
+        TextSource([("a", "b")], Marked())
 
 
 def test_sentences_of_a_text_file(tmp_path):

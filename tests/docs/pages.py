@@ -22,10 +22,10 @@ class Block:
 
 
 def blocks(path: Path, *languages: str) -> list[Block]:
-    """The blocks of a page in some languages; those that show a file of the repository are left to that file's test."""
+    """The blocks of a page in some languages."""
     page = path.read_text(encoding="utf-8")
     found = [Block(m[1], m[2], page.count("\n", 0, m.start(2)) + 1) for m in _BLOCK.finditer(page)]
-    return [b for b in found if b.language in languages and "--8<--" not in b.text]
+    return [b for b in found if b.language in languages]
 
 
 def program(path: Path) -> str:

@@ -48,9 +48,9 @@ COMMANDS = sorted({command for path in [*PAGES, *CARDS] for command in commands(
 def parse(command):
     words = shlex.split(command)[1:]
     group = get_command(app)
-    with group.make_context("limbeck", words, resilient_parsing=True) as context:
+    with group.make_context("limbeck", list(words)) as context:
         name, found, rest = group.resolve_command(context, words)
-        found.make_context(name, rest, parent=context, resilient_parsing=False)
+        found.make_context(name, rest, parent=context)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -62,7 +62,7 @@ def test_a_command_parses(command):
     "command", ["limbeck distill --teach x", "limbeck prove", "limbeck prove kd --seeds few", "limbeck ruin"]
 )
 def test_a_wrong_command_does_not_parse(command):
-    with pytest.raises(Exception, match="(?i)no such|missing|not a valid"):
+    with pytest.raises(Exception, match=r"No such|Missing|valid integer"):
         parse(command)
 
 

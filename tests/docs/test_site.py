@@ -70,9 +70,10 @@ def test_a_field_shows_its_default_and_its_meaning(hooks):
 
 
 def test_the_marks_of_a_page_are_replaced(hooks):
-    page = hooks.on_page_markdown("<!-- fields limbeck.core.optim:Optim -->\n<!-- commands -->\n<!-- methods -->")
+    marks = ("fields limbeck.core.optim:Optim", "file examples/own_loop.py", "commands", "methods")
+    page = hooks.on_page_markdown("\n".join(f"<!-- {mark} -->" for mark in marks))
     assert "<!--" not in page
-    assert all(text in page for text in ("`weight_decay`", "## limbeck distill", "[kd](methods/kd.md)"))
+    assert all(text in page for text in ("`weight_decay`", "def mlp(", "## limbeck distill", "[kd](methods/kd.md)"))
 
 
 def test_links_of_the_readme_become_links_of_the_site(hooks):

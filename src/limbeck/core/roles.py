@@ -199,7 +199,11 @@ class Roles:
             The record.
         """
         base = of or name
+        frozen = self[base].frozen
+        self[base].unfreeze()  # or the copy of a frozen layer would stay frozen
         module, record = how(self[base].module)
+        if frozen and base != name:
+            self[base].freeze()
         if base != name and not {id(p) for p in self[base].module.parameters()}.isdisjoint(
             map(id, module.parameters())
         ):

@@ -1,9 +1,15 @@
 """The one thing a step yields."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from limbeck.core.roles import Roles
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +38,13 @@ class Update:
     count: int | Tensor | None = None
     logs: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def backward(self) -> None:
-        """Backpropagate the loss, if there is one: for a loop of one's own."""
+    def backward(self, m: Roles | None = None) -> None:
+        """Backpropagate the loss, if there is one: for a loop of one's own.
+
+        Args:
+            m: The roles. With them the gradient reaches the parameters of the update's role alone, as it does in the engine,
+                also where the loss passes through another role that learns.
+        """
         if self.loss is not None:
-            self.loss.backward()
+            inputs = None if m is None else [p for p in m[self.role].parameters() if p.requires_grad]
+            self.loss.backward(inputs=inputs)

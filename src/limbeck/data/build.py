@@ -123,7 +123,7 @@ def from_object(value: Any, o: DataOptions) -> Data:
     """Data from a `Data`, a mapping of splits, or what `as_source` takes, which is divided."""
     if isinstance(value, Data):
         return value
-    if isinstance(value, Mapping) and value and not any(isinstance(v, Tensor) for v in value.values()):
+    if isinstance(value, Mapping) and value and not any(isinstance(v, Tensor | np.ndarray) for v in value.values()):
         return Data(**{str(name): as_source(item, o.classes) for name, item in value.items()})
     return Data(**complete({"train": as_source(value, o.classes)}, o))
 

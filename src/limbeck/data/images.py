@@ -46,7 +46,7 @@ class Images:
 
     def __getitem__(self, row: int) -> Any:
         image = self.open(row)
-        return image if self.labels is None else (image, int(self.labels[row]))
+        return image if self.labels is None else (image, self.labels[row])
 
     def open(self, row: int) -> Any:
         """The decoded image; a `UsageError` names it where it cannot be read."""

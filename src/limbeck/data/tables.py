@@ -106,23 +106,22 @@ def read_delimited(path: Path, columns: Sequence[str] | None = None) -> tuple[di
     Raises:
         UsageError: Not text in UTF-8, or a line has another number of fields than the first.
     """
-    tabs = path.suffix == ".tsv"
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if path.suffix == ".tsv" else {}
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {}
-            rows = [row for row in csv.reader(file, **options) if row]
+            reader = csv.reader(file, **options)
+            lines = [(reader.line_num, row) for row in reader if row]
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError("this file cannot be read as a table", where=path, found=error, expected="UTF-8") from None
+    rows = [row for _, row in lines]
     if not rows:
         return {}, True
     names, named = _names(rows, columns)
+    if wrong := [(line, row) for line, row in lines if len(row) != len(names)]:
+        line, row = wrong[0]
+        where, found = f"{path}, line {line}", f"{len(row)} fields"
+        raise UsageError("a line has another number of fields", where=where, found=found, expected=len(names))
     body = rows[1:] if named else rows
-    wrong = next((k for k, row in enumerate(body) if len(row) != len(names)), None)
-    if wrong is not None:
-        found, line = f"{len(body[wrong])} fields", wrong + 1 + named
-        raise UsageError(
-            "a line has another number of fields", where=f"{path}, line {line}", found=found, expected=len(names)
-        )
     return {name: [row[k] for row in body] for k, name in enumerate(names)}, named or columns is not None
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import is_dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from limbeck.data.ids import check_ids, digest, text_ids
 from limbeck.data.sources import Rows, check_finite, check_labels
 
 _CHUNK = 1000  # texts given to the tokenizer at a time
+_NO_LIMIT = 1_000_000  # transformers give tokenizers without a limit a huge one
 
 
 class TextSource(Rows):
@@ -132,6 +134,9 @@ class Tokens:
     @classmethod
     def of(cls, texts: Sequence[Any], tokenizer: Callable[..., Any], max_length: int | None) -> Tokens:
         """Tokenise texts or pairs of texts."""
+        if max_length is not None and is_dataclass(tokenizer) and hasattr(tokenizer, "max_length"):
+            # It cuts texts itself, before it adds its marks.
+            tokenizer = replace(cast(Any, tokenizer), max_length=min(max_length, tokenizer.max_length))
         flat: dict[str, list[int]] = {}
         lengths: list[int] = []
         for start in range(0, len(texts), _CHUNK):
@@ -204,22 +209,26 @@ def like_lengths(
 
 
 def _encode(texts: Sequence[Any], tokenizer: Callable[..., Any], max_length: int | None) -> dict[str, list[list[int]]]:
-    pairs = not isinstance(texts[0], str)
-    inputs = [[t[k] for t in texts] for k in range(2)] if pairs else [list(texts)]
+    inputs = [list(texts)] if isinstance(texts[0], str) else [[t[k] for t in texts] for k in range(2)]
     options: dict[str, Any] = {}
     if hasattr(tokenizer, "model_max_length"):  # a tokenizer of transformers
-        options = {"truncation": True, "padding": False, "max_length": max_length}
-        if max_length is None and tokenizer.model_max_length > 1_000_000:  # this one knows no limit
-            options["truncation"] = False
-    encoded = {name: list(lists) for name, lists in dict(tokenizer(*inputs, **options)).items()}
+        limited = max_length is not None or tokenizer.model_max_length < _NO_LIMIT
+        options = {"truncation": limited, "padding": False, "max_length": max_length}
+    try:
+        encoded = {name: list(lists) for name, lists in dict(tokenizer(*inputs, **options)).items()}
+    except TypeError as error:
+        if len(inputs) == 1:
+            raise
+        fix = "name one text column: text="
+        raise UsageError(
+            "the tokenizer does not take pairs of texts", where="tokenizer", found=error, fix=fix
+        ) from error
     if max_length is not None and not options:
         encoded = {name: [tokens[:max_length] for tokens in lists] for name, lists in encoded.items()}
     if not encoded or any(len(lists) != len(texts) for lists in encoded.values()):
+        found = sorted(encoded)
         raise UsageError(
-            "the tokenizer's output is not understood",
-            where="tokenizer",
-            found=sorted(encoded),
-            expected="lists of tokens",
+            "the tokenizer's output is not understood", where="tokenizer", found=found, expected="lists of tokens"
         )
     return encoded
 

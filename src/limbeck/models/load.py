@@ -19,6 +19,7 @@ from limbeck.export import safetensors
 from limbeck.models.specs import SCHEMES, import_object, is_object
 
 _FORMS = "timm:NAME, torchvision:NAME, hf:NAME, st:NAME, layers:N, static, file.py:function, package.module:function, a folder"
+_WEIGHTS = re.compile(r"(.+)@(.+\.(?:safetensors|pt|pth))$")
 
 
 def load_model(
@@ -62,7 +63,7 @@ def load_model(
         return _encoder(name, pretrained)
     if kind == "hf" and name:
         return _transformers(name, num_classes, pretrained)
-    plain, _, weights = spec.partition("@")
+    plain, weights = found.groups() if (found := _WEIGHTS.match(spec)) else (spec, "")
     plain_kind, _, plain_name = plain.partition(":")
     if plain_kind in ("timm", "torchvision") and plain_name:
         make = _timm if plain_kind == "timm" else _torchvision
@@ -315,7 +316,7 @@ def _no_model(spec: str, name: str, names: list[str]) -> UsageError:
 
 
 def _unknown(spec: str) -> UsageError:
-    path = Path(spec.partition("@")[0]).expanduser()
+    path = Path(spec).expanduser()
     if path.is_file():
         return UsageError(
             "a file of weights does not say which model it is of", where=path, fix=f"timm:NAME@{path}, say"

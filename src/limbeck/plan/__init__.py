@@ -17,7 +17,7 @@ from limbeck.plan.gpus import GPUS, Gpu, find_gpu
 from limbeck.plan.memory import Memory
 from limbeck.plan.program import prepare_roles, sample, total_steps, training_stages
 from limbeck.plan.report import LAUNCH, Plan, RoleCost, StageCost
-from limbeck.plan.trace import shard, trace_stage
+from limbeck.plan.trace import explained, shard, trace_stage
 
 if TYPE_CHECKING:
     from limbeck.core.recipe import Recipe
@@ -101,8 +101,7 @@ def plan_job(job: Job | Draft, gpu: str = "a100-80gb", utilisation: float | None
 def _trace(job: Any, engine: Engine, notes: list[str]) -> list[StageCost]:
     """The cost of each training stage under these settings."""
     fake, costs = Fake(), list[StageCost]()
-    with fake():
-        m = fake_roles(job.roles)
+    m = fake_roles(job.roles, fake)
     for stage in training_stages(job.method, m, job.data, notes, fake):
         seen = sample(stage.data, engine.batch_size, torch.Generator().manual_seed(engine.seed))
         steps = total_steps(stage, engine)
@@ -113,7 +112,7 @@ def _trace(job: Any, engine: Engine, notes: list[str]) -> list[StageCost]:
             if getattr(job.recipe, "cache", None) is not None and "teacher" in m:
                 m.teacher = cached(m.teacher, parts[0])
             if not costs and not m.lineage:  # the method's check is about the models as they are given
-                with suppress(DataDependentOutputException):
+                with explained(stage, parts[0], {}), suppress(DataDependentOutputException):
                     job.method.check(m, parts[0])
             cost = trace_stage(job.method, m, stage, parts, job.optim, engine)
         memory = shard(cost.memory, m, stage, engine) if engine.shard else cost.memory

@@ -94,11 +94,12 @@ def draft(recipe: Recipe, samples: int | None = None) -> Draft:
     classes = len(options["classes"]) if options.get("classes") else None
     here = _is_here(spec)
     teacher = _teacher(recipe.teacher, classes)
+    reader = teacher.members[0] if isinstance(teacher, Ensemble) else teacher
     if here:
-        data: Any = load_data(spec, tokenizer=None if teacher is None else model_tokenizer(teacher), **options)
+        data: Any = load_data(spec, tokenizer=None if reader is None else model_tokenizer(reader), **options)
         classes = classes or data.num_classes
     else:
-        source = _shapes(spec, options, teacher, samples or recipe.engine.batch_size)
+        source = _shapes(spec, options, reader, samples or recipe.engine.batch_size)
         # Without a number of samples the data are endless, and the number of steps is not known.
         endless = partial(_endless, source)
         data = SimpleNamespace(train=source if samples else endless)
@@ -118,7 +119,8 @@ def _is_here(spec: str) -> bool:
 def _teacher(spec: str | list[str] | None, classes: int | None) -> nn.Module | None:
     if spec is None or isinstance(spec, str):
         return None if spec is None else _model(spec, classes, None)
-    return Ensemble([_model(member, classes, None) for member in spec])
+    members = [_model(member, classes, None) for member in spec]
+    return Ensemble(members, preprocess=[model_preprocess(member) for member in members])
 
 
 def _model(spec: str, classes: int | None, teacher: nn.Module | None) -> nn.Module:
@@ -134,14 +136,14 @@ def _endless(source: Shapes, step: int, generator: torch.Generator) -> Batch:
     return source.batch(torch.arange(len(source)), step)
 
 
-def _shapes(spec: str, options: Mapping[str, Any], teacher: nn.Module | None, samples: int) -> Shapes:
+def _shapes(spec: str, options: Mapping[str, Any], reader: nn.Module | None, samples: int) -> Shapes:
     known = DataOptions.of(options)
-    if teacher is not None and model_tokenizer(teacher) is not None:
+    if reader is not None and model_tokenizer(reader) is not None:
         if known.max_length is None:
             raise _unknown(spec, "data.max_length", "the number of tokens of a text")
         tokens = ((known.max_length,), torch.int64)
         return Shapes({"input_ids": tokens, "attention_mask": tokens}, known.label is not None, samples)
-    size = known.image_size or (None if teacher is None else model_image_size(teacher))
+    size = known.image_size or (None if reader is None else model_image_size(reader))
     if size is None:
         raise _unknown(spec, "data.image_size", "the pixels of a side of an image")
     return Shapes({"x": ((3, size, size), torch.float32)}, True, samples)

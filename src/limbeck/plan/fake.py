@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -32,7 +33,8 @@ class Fake:
         level = logger.level
         logger.setLevel(logging.CRITICAL)
         try:
-            with self._mode:
+            with self._mode, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copying one does
                 yield
         finally:
             logger.setLevel(level)
@@ -71,16 +73,17 @@ def cached(role: Role, batch: Batch) -> Cached:
     return Cached(cast(OutputStore, FakeStore({OUTPUT: layer})))
 
 
-def fake_roles(roles: Roles) -> Roles:
+def fake_roles(roles: Roles, fake: Fake) -> Roles:
     """The same roles with fake tensors in the place of parameters, buffers and other tensors that modules hold."""
     memo: dict[int, Any] = {}
-    for _, role in roles.items():
-        for part in role.module.modules():
-            if isinstance(part, Cached):
-                memo[id(part.store)] = FakeStore(part.store.header.layers)
-            for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
-                if isinstance(value, Tensor):
-                    memo.setdefault(id(value), fake_tensor(value))
+    with fake():
+        for _, role in roles.items():
+            for part in role.module.modules():
+                if isinstance(part, Cached):
+                    memo[id(part.store)] = FakeStore(part.store.header.layers)
+                for value in (*part._parameters.values(), *part._buffers.values(), *vars(part).values()):
+                    if isinstance(value, Tensor):
+                        memo.setdefault(id(value), fake_tensor(value))
     return copy_roles(roles, memo)
 
 

@@ -65,7 +65,8 @@ def find_gpu(name: str) -> Gpu:
         >>> find_gpu("a100-80gb").memory // 10**9
         80
     """
-    if name.lower() in GPUS:
-        return GPUS[name.lower()]
-    near = get_close_matches(name.lower(), GPUS, n=3, cutoff=0.4)
+    name = name.lower()
+    if name in GPUS:
+        return GPUS[name]
+    near = [gpu for gpu in GPUS if gpu.startswith(name)] or get_close_matches(name, GPUS, n=3, cutoff=0.4)
     raise UsageError("unknown GPU", where="gpu", found=name, expected=" or ".join(near or GPUS))

@@ -1,0 +1,177 @@
+"""What the suite runs: every registered method and the toys, each in a tiny world, with the exceptions that it needs."""
+
+import itertools
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from toys import Alternating, Choosing, Staged, tower
+
+from limbeck import Collect, Convert, Engine, Method, Optim, Roles, Search, Train
+from limbeck.core import registry
+from limbeck.core.method import updates
+from limbeck.core.stages import Stage
+from limbeck.data import Data, TensorSource
+from limbeck.engine.run import Result, execute
+from limbeck.nn.mlp import mlp
+from limbeck.prove import seeded
+
+INPUTS, CLASSES = 6, 5
+ENGINE = Engine(steps=16, batch_size=16, device="cpu", checkpoint_every=3, log_every=1, evaluate_every=0)
+SGD = Optim("sgd", lr=0.1, momentum=0.9)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method in its tiny world.
+
+    Args:
+        method: Makes the method.
+        roles: Makes the roles, always with the same weights.
+        exceptions: Why a check does not apply, by the check's name.
+    """
+
+    method: Callable[[], Method]
+    roles: Callable[[], Roles]
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+
+
+def data() -> Data:
+    """72 labelled points of 5 classes: an epoch is four batches of 16 and one of 8."""
+    rng = torch.Generator().manual_seed(7)
+    y = torch.arange(72) % CLASSES
+    x = 2 * torch.randn(CLASSES, INPUTS, generator=rng)[y] + 0.5 * torch.randn(72, INPUTS, generator=rng)
+    return Data(train=TensorSource(x, y))
+
+
+def classifiers() -> Roles:
+    """A wide network and a narrow one with as many outputs; as good as embeddings as it is as logits."""
+    wide, narrow = seeded(0, lambda: mlp(INPUTS, 32, CLASSES)), seeded(1, lambda: mlp(INPUTS, 8, CLASSES))
+    return Roles(teacher=wide, student=narrow)
+
+
+def players() -> Roles:
+    return Roles(
+        critic=seeded(2, lambda: mlp(INPUTS, 8, 1)), generator=seeded(3, lambda: mlp(Alternating.noise, 8, INPUTS))
+    )
+
+
+def layered() -> Roles:
+    return Roles(teacher=seeded(4, lambda: tower(INPUTS, 8, 4, CLASSES)))
+
+
+BATCH_WIDE = "it compares the samples of a batch with each other, so parts of a batch are another loss"
+TWO_PLAYERS = "neither player's loss need fall"
+UNTRAINED = "nothing is trained"
+CHAIN = "its stages need the engine"
+
+# Where a registered method lives, if not among classifiers.
+WORLDS: Mapping[str, Mapping[str, Any]] = {
+    "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}}
+}
+METHODS = {
+    name: Case(**{"method": lambda name=name: registry.find(name)(), "roles": classifiers, **WORLDS.get(name, {})})
+    for name in registry.METHODS
+}
+TOYS = {
+    "alternating": Case(Alternating, players, {"falls": TWO_PLAYERS}),
+    "staged": Case(Staged, layered, {"own_loop": CHAIN, "no_wait": CHAIN}),
+    "search": Case(Choosing, layered, dict.fromkeys(("falls", "own_loop", "no_wait", "other_seed"), UNTRAINED)),
+}
+CASES = METHODS | TOYS
+
+
+def run(case: Case, out: Path | None = None, **engine: Any) -> Result:
+    optim = dict.fromkeys(("student", "critic", "generator"), SGD)
+    return execute(case.method(), case.roles(), data(), replace(ENGINE, **engine), optim=optim, out=out)
+
+
+def bits(m: Roles) -> dict[str, torch.Tensor]:
+    return {f"{name}.{k}": v.clone() for name, role in m.items() for k, v in role.module.state_dict().items()}
+
+
+def rows(result: Result) -> list[dict[str, Any]]:
+    """The history without what the clock says."""
+    return [{k: v for k, v in row.items() if k != "time"} for row in result.history]
+
+
+def stages_of(case: Case) -> list[Stage]:
+    """The stages of a program, by running it."""
+    seen: list[Stage] = []
+    with watched(type(case.method()), lambda index, stage: seen.append(stage) or stage):
+        run(case)
+    return seen
+
+
+class watched:
+    """Let each stage of a method's programs pass through a function on its way to the engine."""
+
+    def __init__(
+        self, kind: type[Method], change: Callable[[int, Stage], Stage], after: Callable[[int], Any] = id
+    ) -> None:
+        self.kind, self.change, self.after, self.original = kind, change, after, kind.stages
+
+    def __enter__(self) -> None:
+        original, change, after = self.original, self.change, self.after
+
+        def stages(method, m, data):
+            program, answer = original(method, m, data), None
+            for index in itertools.count():
+                try:
+                    stage = program.send(answer)
+                except StopIteration:
+                    return
+                answer = yield change(index, stage)
+                after(index)
+
+        self.kind.stages = stages
+
+    def __exit__(self, *_: object) -> None:
+        self.kind.stages = self.original
+
+
+def run_killed(name: str, out: Path, index: int, call: int | None) -> None:
+    """Run a case and die by SIGKILL: inside the `call`-th piece of work of stage `index`, or, with None, after that stage."""
+    torch.set_num_threads(1)
+    case = CASES[name]
+
+    def change(i: int, stage: Stage) -> Stage:
+        return _deadly(stage, call) if i == index and call is not None else stage
+
+    def after(i: int) -> None:
+        if i == index and call is None:
+            die()
+
+    with watched(type(case.method()), change, after):
+        run(case, out)
+
+
+def _deadly(stage: Stage, call: int) -> Stage:
+    calls = itertools.count(1)
+
+    def work(function, *args):
+        result = function(*args)
+        if next(calls) == call:
+            die()
+        return result
+
+    def step(m, batch):
+        fatal = next(calls) == call
+        for update in updates(stage.step, m, batch, next(iter(stage.roles))):
+            yield update
+            if fatal:  # the first update of the step is done, the others are not
+                die()
+
+    if isinstance(stage, Train):
+        return replace(stage, step=step)
+    field = {Collect: "make", Convert: "how", Search: "score"}[type(stage)]
+    return replace(stage, **{field: partial(work, getattr(stage, field))})
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)

