@@ -18,8 +18,8 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 SOURCE = ROOT / "src" / "limbeck"
 
-# Packages that users do not import from, and the modules of them that they meet all the same.
-HIDDEN = {"cli": (), "methods": (), "engine": ("limbeck.engine.settings", "limbeck.engine.run")}
+# Packages that users do not import from, and what of them they meet all the same.
+HIDDEN = {"cli": [], "methods": [], "engine": ["limbeck.engine.run.execute", "limbeck.engine.run.Result"]}
 MODULES = ("api", "prove")
 
 
@@ -67,7 +67,7 @@ def from_root(text: str) -> str:
     text = re.sub(r"\]\(src/limbeck/methods/(\w+)/card\.md\)", r"](methods/\1.md)", text)
     text = re.sub(r"\]\(src/limbeck/(\w+)/__init__\.py\)", r"](reference/\1.md)", text)
     text = text.replace("](CONTRIBUTING.md)", "](contributing.md)")
-    return re.sub(r"\[([^\]]*)\]\((LICENSE|CHANGELOG\.md|changes/|examples/\S*|benchmarks/\S*)\)", r"\1", text)
+    return re.sub(r"\[([^\]]*)\]\((LICENSE|CHANGELOG\.md|changes/|recipes/|examples/\S*|benchmarks/\S*)\)", r"\1", text)
 
 
 def file_block(path: str) -> str:
@@ -114,15 +114,16 @@ def method_page(name: str) -> str:
     from limbeck.core import registry
 
     card, kind = registry.card(name), registry.find(name)
-    facts = [row([f"**{key}**", words(value)]) for key, value in card.metadata.items() if key != "name"]
+    title, _, text = card.text.partition("\n") if card.text.startswith("# ") else (f"# {name}", "", card.text)
+    facts = [row([key, words(value)]) for key, value in card.metadata.items() if key != "name"]
     code = (card.path.parent / "method.py").read_text(encoding="utf-8")
-    body = card.text if card.text.startswith("# ") else f"# {name}\n\n{card.text}"
     parts = [
-        body,
+        title,
+        "| card | |\n|---|---|\n" + "\n".join(facts),
+        text.strip(),
         "## Fields\n\n" + fields_table(kind),
         proof_section(name, read_proof(name)),
         f"## Code\n\n```python\n{code}```",
-        "## Card\n\n| | |\n|---|---|\n" + "\n".join(facts),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -253,12 +254,12 @@ def words(value: Any) -> str:
 
 def reference() -> dict[str, list[str]]:
     """The objects of each page of the reference, by their full names; none is on two pages."""
-    pages = {"limbeck": exported("limbeck")}
+    pages = {"limbeck": exported("limbeck") or []}
     pages |= {name: defined(f"limbeck.{name}") for name in MODULES}
     for package in sorted(p.parent for p in SOURCE.glob("*/__init__.py")):
         name = f"limbeck.{package.name}"
         if package.name in HIDDEN:
-            pages[package.name] = [o for module in HIDDEN[package.name] for o in defined(module)]
+            pages[package.name] = HIDDEN[package.name]
         elif (listed := exported(name)) is not None:
             pages[package.name] = listed
         else:
@@ -301,3 +302,16 @@ def source_of(module: str) -> str:
     """The text of a module."""
     path = SOURCE.parent / module.replace(".", "/")
     return (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text(encoding="utf-8")
+
+
+def draw() -> None:
+    """Draw the picture of the README again, from the committed proof of `kd`."""
+    from limbeck.report.figures import proof_svg
+
+    proof = read_proof("kd")
+    assert proof is not None
+    (ROOT / "docs" / "img" / "proof.svg").write_text(proof_svg(proof), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    draw()

@@ -55,7 +55,7 @@ def main() -> None:
     teacher, student = nn.Linear(8, 5), nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 5))
     loader: DataLoader[Any] = DataLoader(TensorDataset(torch.randn(64, 8), torch.arange(64) % 5), batch_size=16)
     module = Distillation(PLD(), {"student": student}, {"teacher": teacher}, lr=0.01)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **quiet)
     trainer.fit(module, loader)
     print({name: round(value.item(), 3) for name, value in trainer.callback_metrics.items()})

@@ -27,7 +27,13 @@ class DistillationTrainer(Trainer):
         # The loss is a mean over the samples of a micro-batch: let the trainer divide it by their number.
         self.model_accepts_loss_kwargs = False
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
         """The method's loss in training; the model's own in evaluation."""
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs=True)
@@ -40,8 +46,14 @@ class DistillationTrainer(Trainer):
 
 def classifier(layers: int) -> nn.Module:
     """A small BERT with random weights."""
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 32}
-    return BertForSequenceClassification(BertConfig(vocab_size=50, num_hidden_layers=layers, num_labels=3, **shape))
+    shape: dict[str, Any] = {
+        "num_labels": 3,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 32,
+    }
+    return BertForSequenceClassification(BertConfig(vocab_size=50, num_hidden_layers=layers, **shape))
 
 
 def main() -> None:

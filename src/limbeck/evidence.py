@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from limbeck import __version__
 from limbeck.checks import first_batch
@@ -105,4 +107,7 @@ def _costs(job: Job, role: Role) -> dict[str, float]:
 def _lineage(job: Job) -> dict[str, Any]:
     recipe = job.recipe
     specs = {"teacher": recipe.teacher, "student": recipe.student, "data": recipe.data}
-    return {**specs, "method": name_of(type(job.method)), "seed": job.engine.seed}
+    x = first_batch(job.data.train).x
+    parts = {"x": x} if isinstance(x, Tensor) else dict(x) if isinstance(x, Mapping) else {}
+    inputs = {name: [str(t.dtype).removeprefix("torch."), *t.shape[1:]] for name, t in parts.items()}
+    return {**specs, "method": name_of(type(job.method)), "seed": job.engine.seed, "input": inputs}

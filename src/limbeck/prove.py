@@ -33,6 +33,7 @@ from limbeck.evaluate.compare import mean_deviation, paired_interval
 from limbeck.evaluate.metrics import topk_accuracy
 from limbeck.evaluate.tasks import predict
 from limbeck.export.files import write_text
+from limbeck.models.specs import import_object
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def load_proof(method: str) -> Proof:
     path = Path(inspect.getfile(registry.find(method))).with_name("proof.py")
     if not path.is_file():
         raise UsageError("this method has no proof", where=path, fix="write one; that of kd is a short example")
-    proof: Proof = registry._from_file(f"{path}:PROOF")
+    proof: Proof = import_object(f"{path}:PROOF")
     return proof
 
 

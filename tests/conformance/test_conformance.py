@@ -2,8 +2,12 @@
 
 import math
 import multiprocessing
+import os
+import subprocess
+import sys
 import time
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -200,16 +204,45 @@ def test_a_step_never_waits_for_the_device(name):
 
 
 @pytest.mark.parametrize("name", [n for n in CASES if n != "alternating"])
-def test_the_student_is_saved_loaded_and_exported(name, tmp_path):
-    result, case = whole(name)[0], CASES[name]
-    lineage = result.roles.lineage.get("student", {"base": "student", "records": []})
-    student = result.roles.student.module.eval()
+def test_the_student_is_saved_and_loaded(name, tmp_path):
+    student, lineage = student_of(name)
     save_student(tmp_path, student, lineage["records"])
-    loaded = load_student(tmp_path, case.roles()[lineage["base"]].module, trust=True)
+    loaded = load_student(tmp_path, CASES[name].roles()[lineage["base"]].module, trust=True)
     x = data().train.batch(torch.arange(8), 0).x
     assert torch.equal(loaded(x), student(x))
-    report = to_onnx(student, (x,), tmp_path / "student.onnx")
+
+
+def test_a_converted_and_trained_student_is_exported(tmp_path):
+    x = data().train.batch(torch.arange(8), 0).x
+    report = to_onnx(student_of("staged")[0], (x,), tmp_path / "student.onnx")
     assert report.max_abs_error < 1e-5
+
+
+def student_of(name):
+    m = whole(name)[0].roles
+    return m.student.module.eval(), m.lineage.get("student", {"base": "student", "records": []})
+
+
+# Several processes
+
+
+@pytest.mark.processes
+def test_two_processes_equal_one(tmp_path):
+    pytest.importorskip("lightning")
+    names = [name for name, case in CASES.items() if "processes" not in case.exceptions]
+    script = Path(__file__).with_name("together.py")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, str(tmp_path), *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in names:
+        expected, history = bits(whole(name)[0].roles), rows(whole(name)[0])
+        found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert found["bits"].keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found["bits"][key], value, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        for row, other in zip(found["rows"], history, strict=True):
+            assert row == pytest.approx(other, abs=1e-4)
 
 
 # Recipes

@@ -37,7 +37,7 @@ def program(path: Path) -> str:
 
 
 def commands(path: Path) -> list[str]:
-    """The `limbeck` commands of a page's console blocks."""
-    lines = [line for block in blocks(path, "console", "bash") for line in block.text.splitlines()]
-    parts = [part.strip() for line in lines for part in line.removeprefix("$ ").split("&&")]
+    """The `limbeck` commands of a page's shell blocks."""
+    lines = [line for block in blocks(path, "bash") for line in block.text.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
     return [part for part in parts if part.startswith("limbeck")]

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import re
 
 import pytest
 from pages import ROOT
@@ -53,7 +54,7 @@ def test_no_object_is_on_two_pages_of_the_reference(hooks):
 @pytest.mark.parametrize("name", registry.METHODS)
 def test_a_method_page_has_card_fields_proof_and_code(hooks, name):
     page = hooks.method_page(name)
-    assert registry.card(name).text in page
+    assert all(line in page for line in registry.card(name).text.splitlines())
     assert all(f"`{field}`" in page for field, _, _ in hooks.fields(registry.find(name)))
     assert f"class {registry.find(name).__name__}(Method)" in page
     proof = hooks.read_proof(name)
@@ -81,3 +82,16 @@ def test_links_of_the_readme_become_links_of_the_site(hooks):
         "[a](docs/start.md) ![b](docs/img/x.svg) [kd](src/limbeck/methods/kd/card.md) [L](LICENSE) [c](CONTRIBUTING.md)"
     )
     assert hooks.from_root(text) == "[a](start.md) ![b](img/x.svg) [kd](methods/kd.md) L [c](contributing.md)"
+
+
+def test_the_readme_tells_the_verdicts_and_numbers_of_the_committed_proofs(hooks):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name in registry.METHODS:
+        proof = hooks.read_proof(name)
+        row = next(line for line in readme.splitlines() if line.startswith(f"| [{name}]("))
+        assert row.endswith(f"| {'none yet' if proof is None else proof['verdict']} |")
+    from limbeck.report.figures import proof_svg
+
+    picture = (ROOT / "docs" / "img" / "proof.svg").read_text(encoding="utf-8")
+    texts = re.findall(r"<text[^>]*>([^<]*)<", proof_svg(hooks.read_proof("kd")))
+    assert re.findall(r"<text[^>]*>([^<]*)<", picture) == texts, "draw it again: python docs/hooks.py"

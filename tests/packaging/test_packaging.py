@@ -91,7 +91,7 @@ def test_change_fragments_have_the_form():
 
 
 def test_ci_runs_the_command_of_the_readme():
-    command = re.search(r"## Tests\n+```console\n\$ (.+)\n", (ROOT / "README.md").read_text(encoding="utf-8"))
+    command = re.search(r"## Tests\n+```bash\n(.+)\n", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert command
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert f"bash -c '{command[1]}'" in script

@@ -55,7 +55,8 @@ def bench(method: Any = None, roles: Roles | None = None, source: Any = None, op
         data=SimpleNamespace(train=source or images()),
         engine=Engine(**settings | engine),
         optim=optim or {},
-        recipe=None,
+        recipe=SimpleNamespace(cache=None),
+        taught=None,
     )
 
 
@@ -381,11 +382,13 @@ def test_missing_data_are_taken_from_the_recipe_or_the_model() -> None:
     assert "float32[8, 3, 176, 176]" in plan.stages[0].batch
     assert plan.stages[0].steps == 1250
     assert any("no/such/folder" in note for note in plan.notes)
-    sized = recipe({"data": {"spec": "hf:no/such", "image_size": 64, "classes": ["a", "b", "c"]}})
-    (stage,) = plan_recipe(sized).stages
+    data = {"spec": "hf:no/such", "image_size": 64, "classes": ["a", "b", "c"]}
+    (stage,) = plan_recipe(recipe({"teacher": "timm:resnet10t@no/such/weights.pt", "data": data})).stages
     assert "float32[8, 3, 64, 64]" in stage.batch
-    assert stage.roles[1].output == "float32[8, 3]"
+    assert [role.output for role in stage.roles] == ["float32[8, 3]"] * 2
     assert stage.steps is None
+    with pytest.raises(UsageError, match="1000 classes, the data 3"):
+        plan_recipe(recipe({"data": data}))
 
 
 def test_missing_data_of_unknown_shape_are_an_error(tmp_path: Path) -> None:

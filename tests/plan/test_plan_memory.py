@@ -106,7 +106,8 @@ def bench(method: Any, roles: Roles, shape: tuple[int, ...], rows: int, *, optim
     source = TensorSource(torch.randn(rows, *shape), torch.arange(rows) % 10, ids=torch.arange(rows))
     settings = Engine(**{"batch_size": rows, "steps": 10} | engine)
     return SimpleNamespace(
-        method=method, roles=roles, data=SimpleNamespace(train=source), engine=settings, recipe=None,
+        method=method, roles=roles, data=SimpleNamespace(train=source), engine=settings,
+        recipe=SimpleNamespace(cache=None), taught=None,
         optim={"student": optim or Optim("adamw")},
     )  # fmt: skip
 

@@ -78,6 +78,8 @@ def new(
     inside = (folder / "__init__.py").is_file() and folder.resolve().name == "methods"
     spec = name if inside else f"{target}/method.py:{kind}"
     target.mkdir(parents=True)
+    if inside:
+        (target / "__init__.py").write_text(f'"""{kind}."""\n', encoding="utf-8")
     for template in sorted((Path(__file__).parent / "skeleton").iterdir()):
         text = Template(template.read_text(encoding="utf-8")).substitute(name=name, kind=kind, spec=spec)
         (target / template.name.removesuffix(".txt")).write_text(text, encoding="utf-8")

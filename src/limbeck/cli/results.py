@@ -39,6 +39,7 @@ def export(
     """Write the student of a run as ONNX, checked against the module."""
     from limbeck.api import export as export_run
 
-    path, parity = export_run(run, onnx)
-    print(f"onnx     {path}")
-    print(f"parity   {parity}")
+    found = export_run(run, onnx)
+    print(f"onnx     {found.path}")
+    print(f"inputs   {', '.join(found.inputs)}")
+    print(f"differs  by at most {found.max_rel_error:.1e} of the largest output, on sizes {list(found.checked)}")

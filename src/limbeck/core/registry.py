@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
 from importlib import import_module
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,9 @@ def find(name: str) -> type[Method]:
         'KD'
     """
     if ":" in name:
-        kind = _from_file(name)
+        from limbeck.models.specs import import_object
+
+        kind = import_object(name)
     elif name in METHODS:
         module, _, attribute = METHODS[name].partition(":")
         kind = getattr(import_module(module), attribute)
@@ -135,39 +137,3 @@ def _folder(name: str) -> Path:
     package = find_spec(METHODS[name].partition(":")[0].rpartition(".")[0])
     assert package is not None, f"the folder of {name} is missing"
     return Path(package.origin or "").parent
-
-
-def _from_file(spec: str) -> Any:
-    file, _, attribute = spec.rpartition(":")
-    path = Path(file)
-    if path.suffix != ".py" or not path.is_file():
-        raise UsageError(
-            "there is no such method file",
-            where="method.name",
-            found=spec,
-            expected="path/to/file.py:Class, or a name that limbeck methods lists",
-        )
-    module_name = f"limbeck_own_{path.resolve().as_posix().replace('/', '_').removesuffix('.py')}"
-    module = sys.modules.get(module_name)
-    if module is None:
-        found = spec_from_file_location(module_name, path.resolve())
-        assert found is not None
-        assert found.loader is not None
-        module = sys.modules[module_name] = module_from_spec(found)  # dataclasses look their module up by name
-        try:
-            found.loader.exec_module(module)
-        except Exception as error:
-            del sys.modules[module_name]
-            raise UsageError(
-                "a method file cannot be imported", where=path, found=f"{type(error).__name__}: {error}"
-            ) from error
-    try:
-        return getattr(module, attribute)
-    except AttributeError:
-        classes = [k for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == module_name]
-        raise UsageError(
-            "there is no such class in the file",
-            where=path,
-            found=attribute,
-            expected=" or ".join(classes) or "a class",
-        ) from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from limbeck.data.seeding import isolated
 from limbeck.doctor import data, models, training
-from limbeck.doctor.exam import Exam, StepFailed
+from limbeck.doctor.exam import Exam, Skip
 from limbeck.doctor.finding import Diagnosis, Finding
 
 if TYPE_CHECKING:
@@ -62,6 +62,6 @@ def diagnose(job: Job, samples: int = 64) -> Diagnosis:
 def _judge(name: str, check: Callable[[Exam], Finding | None], exam: Exam) -> Finding:
     try:
         finding = check(exam)
-    except StepFailed:
-        return Finding(name, "skipped", "the first step has to run for this check")
+    except Skip as reason:
+        return Finding(name, "skipped", str(reason))
     return finding or Finding(name, "ok", (getdoc(check) or "").splitlines()[0])

@@ -20,9 +20,11 @@ from limbeck.core.errors import UsageError
 from limbeck.core.method import Method, updates
 from limbeck.core.optim import Optim, OptimSpec
 from limbeck.core.roles import Roles
+from limbeck.core.source import Source
 from limbeck.core.stages import Train
 from limbeck.core.update import Update
 from limbeck.data.seeding import reseed
+from limbeck.engine.feed import rows_of
 from limbeck.plan.fake import copy_roles
 from limbeck.plan.program import prepare_roles, sample, total_steps, training_stages
 from limbeck.plan.trace import explained
@@ -87,12 +89,31 @@ class FirstStep:
     unchanged: list[str] = field(default_factory=list)
 
 
-class StepFailed(Exception):
+class Skip(Exception):
+    """A check does not apply, for the reason given."""
+
+
+class StepFailed(Skip):
     """The first step did not run to its end, for the reason given as `error`."""
 
     def __init__(self, error: UsageError) -> None:
-        super().__init__(str(error))
+        super().__init__("the first step has to run for this check")
         self.error = error
+
+
+class Heard(nn.Module):
+    """Stands in for a teacher that reads the texts with a tokenizer of its own: what it answers to the batch."""
+
+    takes_batch = True
+    answers: Tensor
+
+    def __init__(self, answers: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("answers", answers, persistent=False)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The answers, whatever the batch."""
+        return self.answers
 
 
 class Exam:
@@ -104,26 +125,36 @@ class Exam:
 
     Attributes:
         stage: The first training stage, after the conversions before it.
+        models: Copies of the roles as they are then, in the stage's modes.
         batch: Random samples of the stage's data.
         notes: What was passed over on the way to the stage.
     """
 
     def __init__(self, job: Job, samples: int = 64) -> None:
         self.job, self.seed, self.notes = job, job.engine.seed, list[str]()
-        self._roles = copy_roles(job.roles)
-        stage = next(training_stages(job.method, self._roles, job.data, self.notes), None)
+        self.models = copy_roles(job.roles)
+        stage = next(training_stages(job.method, self.models, job.data, self.notes), None)
         if stage is None:
             raise UsageError("the program has no stage that trains by steps, so there is nothing to examine")
         self.stage: Train = stage
-        self._roles.step, self._roles.epoch, self._roles.total = 0, 0, total_steps(stage, job.engine) or 0
-        prepare_roles(stage, self._roles)
+        self.models.step, self.models.epoch, self.models.total = 0, 0, total_steps(stage, job.engine) or 0
+        prepare_roles(stage, self.models)
         count = min(samples, job.engine.batch_size)
         batch = sample(stage.data, count, torch.Generator().manual_seed(self.seed), whole=2**31)
-        self.batch: Batch = batch.to(_device(self._roles))
+        self.batch: Batch = batch.to(_device(self.models))
+        if job.taught is not None and "teacher" in self.models:
+            self._hear(job.taught)
+
+    def _hear(self, taught: Source) -> None:
+        teacher = self.models.teacher
+        heard = taught.batch(rows_of(taught, self.batch.id.cpu()), 0).to(self.batch.id.device)
+        with torch.no_grad():
+            self.models.teacher = Heard(teacher(heard))
+        self.models.teacher.freeze()
 
     def roles(self) -> Roles:
         """Copies of the roles in the modes of the stage, at its first step."""
-        copies = copy_roles(self._roles)
+        copies = copy_roles(self.models)
         copies.seed = self.seed
         prepare_roles(self.stage, copies)
         return copies

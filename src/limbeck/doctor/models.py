@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import UsageError
-from limbeck.doctor.exam import Call, Exam, StepFailed
+from limbeck.doctor.exam import Call, Exam, Skip, StepFailed
 from limbeck.doctor.finding import Finding, Severity
 
 
@@ -83,11 +83,11 @@ def classes(exam: Exam) -> Finding | None:
     """Teacher, student and labels have the same number of classes."""
     y = exam.batch.get("y")
     if not _class_numbers(y):
-        return None
+        raise Skip("the data have no class labels")
     outputs = {n: exam.calls[n].output for n in ("teacher", "student") if n in exam.calls}
     counts = {n: output.shape[-1] for n, output in outputs.items() if output.ndim == 2}
     if not counts:
-        return None
+        raise Skip("no model gives one number for each class")
     severity: Severity = "warning" if exam.ran else "error"  # the loss may not be about classes
     known = getattr(exam.stage.data, "num_classes", None)
     seen = f"labels {int(y.min())} to {int(y.max())}"
@@ -116,8 +116,10 @@ def classes(exam: Exam) -> Finding | None:
 
 def class_order(exam: Exam) -> Finding | None:
     """The names of the classes stand in the same order in the data and in the models."""
-    owners = {"data": exam.stage.data, **{n: r.module for n, r in exam.job.roles.items()}}
+    owners = {"data": exam.stage.data, **{n: r.module for n, r in exam.models.items()}}
     names = {owner: found for owner, value in owners.items() if (found := class_names(value))}
+    if len(names) < 2:
+        raise Skip(f"class names are known for {', '.join(names) or 'neither data nor models'} only")
     for (one, a), (other, b) in combinations(names.items(), 2):
         if a == b or not set(a) & set(b):  # names without a common word are in another language, so to say
             continue
@@ -140,7 +142,7 @@ def teacher_skill(exam: Exam) -> Finding | None:
     """The teacher knows the labels better than chance does."""
     y, call = exam.batch.get("y"), exam.calls.get("teacher")
     if call is None or not _class_numbers(y) or call.output.ndim != 2 or len(y) != len(call.output) or len(y) < 16:
-        return None
+        raise Skip("this needs a teacher that gives class scores, and at least 16 samples with labels")
     count = call.output.shape[1]
     right = float((call.output.argmax(1) == y).float().mean())
     chance = float(torch.bincount(y.clamp(0), minlength=count).max()) / len(y)  # of always saying the commonest class
@@ -162,8 +164,8 @@ def vocabulary(exam: Exam) -> Finding | None:
     ids = exam.batch.get("x")
     ids = ids.get("input_ids") if isinstance(ids, Mapping) else None
     if not isinstance(ids, Tensor):
-        return None
-    readers = {"data": exam.stage.data, **{n: r.module for n, r in exam.job.roles.items() if r.preprocess is None}}
+        raise Skip("the data are no texts")
+    readers = {"data": exam.stage.data, **{n: r.module for n, r in exam.models.items() if r.preprocess is None}}
     for name, module in list(readers.items())[1:]:
         size = _embeddings(module)
         if size is not None and int(ids.max()) >= size:
@@ -197,12 +199,14 @@ def normalisation(exam: Exam) -> Finding | None:
     """Each model gets images normalised as its own configuration says."""
     x = exam.batch.get("x")
     if not isinstance(x, Tensor) or x.ndim != 4 or not x.is_floating_point() or float(x.std()) == 0:
-        return None
-    for name, role in exam.job.roles.items():
+        raise Skip("the data are no images")
+    judged = False
+    for name, role in exam.models.items():
         wanted, call = _wanted(role.module), exam.calls.get(name)
         given = call.args[0] if call is not None and call.args else None
         if wanted is None or not isinstance(given, Tensor) or given.shape[:2] != x.shape[:2]:
             continue
+        judged = True
         raw = float(x.min()) >= 0 and float(x.max()) <= 1
         seen = _affine(x.double(), given.double()) if raw else None
         off = max((float((a - b).abs().max()) for a, b in zip(seen, wanted, strict=True)), default=0.0) if seen else 0.0
@@ -216,8 +220,10 @@ def normalisation(exam: Exam) -> Finding | None:
             where=f"roles.{name}.preprocess",
             found=_show(seen) if seen else f"values of standard deviation {scale:.3g}",
             expected=_show(wanted),
-            fix=f"Role('{name}', model, preprocess=torchvision.transforms.v2.Normalize(mean, std)), with images in [0, 1]",
+            fix=f"Role('{name}', model, preprocess=limbeck.models.load.model_preprocess(model)), with images in [0, 1]",
         )
+    if not judged:
+        raise Skip("no model says how its input is to be normalised")
     return None
 
 

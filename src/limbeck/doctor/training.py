@@ -56,7 +56,7 @@ def dead_terms(exam: Exam) -> Finding | None:
 def gradient_leaks(exam: Exam) -> Finding | None:
     """Gradients reach the named role alone, and no frozen role shares a parameter with one that learns."""
     owners: dict[int, str] = {}
-    for name, role in exam.job.roles.items():
+    for name, role in exam.models.items():
         for path, p in role.module.named_parameters():
             other = owners.setdefault(id(p), name)
             if other != name and (other in exam.stage.roles or name in exam.stage.roles):

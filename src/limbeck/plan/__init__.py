@@ -109,7 +109,8 @@ def _trace(job: Any, engine: Engine, notes: list[str]) -> list[StageCost]:
         with fake():
             prepare_roles(stage, m)
             parts = _parts(stage, seen, engine)
-            if getattr(job.recipe, "cache", None) is not None and "teacher" in m:
+            if "teacher" in m and (job.taught is not None or job.recipe.cache is not None):
+                notes.append("the teacher's outputs are stored once before training: that pass is not counted")
                 m.teacher = cached(m.teacher, parts[0])
             if not costs and not m.lineage:  # the method's check is about the models as they are given
                 with explained(stage, parts[0], {}), suppress(DataDependentOutputException):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +20,16 @@ from limbeck.core.recipe import Recipe
 from limbeck.core.roles import Role, Roles
 from limbeck.data import embedded, load_data
 from limbeck.data.options import DataOptions
+from limbeck.data.text import TextSource
 from limbeck.engine.settings import Engine
-from limbeck.models.load import load_model, model_image_size, model_preprocess, model_tokenizer
+from limbeck.models.load import (
+    conversion,
+    load_model,
+    model_image_size,
+    model_preprocess,
+    model_tokenizer,
+    num_classes,
+)
 from limbeck.models.specs import is_object
 from limbeck.teachers import Ensemble
 
@@ -38,6 +45,7 @@ class Draft:
         engine: How it is executed.
         optim: How each role is optimised.
         recipe: What this was made from.
+        taught: Training data as the teacher reads them, where it has a tokenizer of its own.
         notes: What was assumed.
     """
 
@@ -47,6 +55,7 @@ class Draft:
     engine: Engine
     optim: Mapping[str, OptimSpec]
     recipe: Recipe
+    taught: Any = None
     notes: tuple[str, ...] = ()
 
 
@@ -91,24 +100,24 @@ def draft(recipe: Recipe, samples: int | None = None) -> Draft:
     """
     options = {"spec": recipe.data} if isinstance(recipe.data, str) else dict(recipe.data)
     spec, notes = options.pop("spec"), list[str]()
-    classes = len(options["classes"]) if options.get("classes") else None
-    here = _is_here(spec)
+    found: Any = load_data(spec, **options) if _is_here(spec) else None
+    classes = len(options.get("classes") or ()) or (None if found is None else found.num_classes)
     teacher = _teacher(recipe.teacher, classes)
-    reader = teacher.members[0] if isinstance(teacher, Ensemble) else teacher
-    if here:
-        data: Any = load_data(spec, tokenizer=None if reader is None else model_tokenizer(reader), **options)
-        classes = classes or data.num_classes
+    _check_classes(teacher, classes)
+    student = _student(recipe.student, teacher, classes)
+    taught = None
+    if found is not None:
+        train, taught = _read(found.train, teacher, student)
     else:
-        source = _shapes(spec, options, reader, samples or recipe.engine.batch_size)
-        # Without a number of samples the data are endless, and the number of steps is not known.
-        endless = partial(_endless, source)
-        data = SimpleNamespace(train=source if samples else endless)
-        shown = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in source.x.items())
+        train = _shapes(spec, options, teacher or student, samples or recipe.engine.batch_size)
+        shown = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in train.x.items())
         notes.append(f"the data '{spec}' are not on this machine: samples are taken to be {shown}")
-    student = _model(recipe.student, classes, teacher)
+        # Without a number of samples the data are endless, and the number of steps is not known.
+        train = train if samples else partial(_endless, train)
     modules = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
     roles = Roles(**{name: Role(name, module, model_preprocess(module)) for name, module in modules.items()})
-    return Draft(recipe.method, roles, data, recipe.engine, recipe.optim, recipe, tuple(notes))
+    data = SimpleNamespace(train=train)
+    return Draft(recipe.method, roles, data, recipe.engine, recipe.optim, recipe, taught, tuple(notes))
 
 
 def _is_here(spec: str) -> bool:
@@ -117,33 +126,69 @@ def _is_here(spec: str) -> bool:
 
 
 def _teacher(spec: str | list[str] | None, classes: int | None) -> nn.Module | None:
-    if spec is None or isinstance(spec, str):
-        return None if spec is None else _model(spec, classes, None)
-    members = [_model(member, classes, None) for member in spec]
-    return Ensemble(members, preprocess=[model_preprocess(member) for member in members])
+    if spec is None:
+        return None
+    if isinstance(spec, list):
+        members = [member for one in spec if (member := _teacher(one, classes)) is not None]
+        return Ensemble(members, preprocess=[model_preprocess(member) for member in members])
+    # A library's classifier keeps the classes it was trained on; weights of the user's were trained on the data's.
+    return _load(spec, classes if "@" in spec or is_object(spec) else None, None)
 
 
-def _model(spec: str, classes: int | None, teacher: nn.Module | None) -> nn.Module:
+def _student(spec: str, teacher: nn.Module | None, classes: int | None) -> nn.Module:
+    change = conversion(spec)
+    if change is not None and teacher is not None:
+        return change(teacher)[0]
+    return _load(spec, classes if teacher is None else num_classes(teacher), teacher)
+
+
+def _check_classes(teacher: nn.Module | None, classes: int | None) -> None:
+    known = None if teacher is None else num_classes(teacher)
+    if known is not None and classes is not None and known != classes:
+        raise UsageError(
+            "teacher and data have different classes",
+            where="roles.teacher",
+            found=f"the teacher has {known} classes, the data {classes}",
+            expected=f"{classes} classes",
+            fix="use a teacher that was trained on these classes; SPEC@FILE fills one with weights of your own",
+        )
+
+
+def _load(spec: str, classes: int | None, teacher: nn.Module | None) -> nn.Module:
     """A model on the meta device; sentence encoders, which cannot be had without their weights, with them."""
-    if spec.startswith("st:") or re.match(r"layers:|static$", spec):
-        return load_model(spec, teacher=teacher)
+    if spec.startswith("st:") or Path(spec).is_dir():
+        return load_model(spec)
     plain = spec.partition("@")[0]  # a file of weights need not be here
     with torch.device("meta"):
         return load_model(plain, num_classes=classes, teacher=teacher, pretrained=False)
+
+
+def _read(train: Any, teacher: nn.Module | None, student: nn.Module) -> tuple[Any, Any]:
+    """Texts as the student reads them, and as the teacher does where that differs: its outputs are stored then."""
+    if not isinstance(train, TextSource) or train.tokenizer is not None:
+        return train, None
+    own, other = (None if model is None else model_tokenizer(model) for model in (student, teacher))
+    if own is None or other is None:
+        tokenizer = own or other
+        return (train if tokenizer is None else train.with_tokenizer(tokenizer, train.max_length)), None
+    few = train.subset(torch.arange(min(64, len(train))))
+    same = len({few.with_tokenizer(t, train.max_length).fingerprint() for t in (own, other)}) == 1
+    return train.with_tokenizer(own, train.max_length), None if same else few.with_tokenizer(other, train.max_length)
 
 
 def _endless(source: Shapes, step: int, generator: torch.Generator) -> Batch:
     return source.batch(torch.arange(len(source)), step)
 
 
-def _shapes(spec: str, options: Mapping[str, Any], reader: nn.Module | None, samples: int) -> Shapes:
+def _shapes(spec: str, options: Mapping[str, Any], reader: nn.Module, samples: int) -> Shapes:
     known = DataOptions.of(options)
-    if reader is not None and model_tokenizer(reader) is not None:
+    reader = reader.members[0] if isinstance(reader, Ensemble) else reader
+    if model_tokenizer(reader) is not None:
         if known.max_length is None:
             raise _unknown(spec, "data.max_length", "the number of tokens of a text")
         tokens = ((known.max_length,), torch.int64)
         return Shapes({"input_ids": tokens, "attention_mask": tokens}, known.label is not None, samples)
-    size = known.image_size or (None if reader is None else model_image_size(reader))
+    size = known.image_size or model_image_size(reader)
     if size is None:
         raise _unknown(spec, "data.image_size", "the pixels of a side of an image")
     return Shapes({"x": ((3, size, size), torch.float32)}, True, samples)
