@@ -233,7 +233,7 @@ def test_two_processes_equal_one(tmp_path):
     script = Path(__file__).with_name("together.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, script, str(tmp_path), *names]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in names:
         expected, history = bits(whole(name)[0].roles), rows(whole(name)[0])

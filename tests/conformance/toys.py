@@ -26,7 +26,7 @@ class Alternating(Method):
         for _ in range(2):
             real, wrong = m.critic(batch.x), m.critic(fake.detach())
             yield Update("critic", F.softplus(-real).mean() + F.softplus(wrong).mean())
-        yield Update("generator", F.softplus(-m.critic(fake)).mean(), logs={"spread": fake.std(0).mean()})
+        yield Update("generator", F.softplus(-m.critic(fake)).mean(), logs={"level": fake.mean()})
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,8 @@ def execute(recipe: Recipe, budget: str | None, dry_run: bool, json: bool) -> No
     from limbeck.api import build
     from limbeck.api import run as run_job
 
-    show_run(run_job(build(recipe, budget)).out, json)
+    result = run_job(build(recipe, budget))
+    show_run(Path(str(result.out)), json)
 
 
 def show_run(folder: Path, json: bool) -> None:

@@ -34,8 +34,8 @@ def outputs(m: Roles, batch: Batch, *names: str) -> list[Tensor]:
     return found
 
 
-def check_classes(m: Roles, batch: Batch, *, labels: bool) -> None:
-    """Teacher and student have the same classes and, where labels are used, each sample has one of them.
+def check_classes(m: Roles, batch: Batch, *, labels: bool) -> int:
+    """The number of classes, the same in teacher and student and, where labels are used, in the labels.
 
     Args:
         m: Roles with a `teacher` and a `student` that give logits `[..., C]`.
@@ -64,3 +64,4 @@ def check_classes(m: Roles, batch: Batch, *, labels: bool) -> None:
         )
     if labels:
         check_labels("batch.y", batch.y, student)
+    return student.shape[-1]

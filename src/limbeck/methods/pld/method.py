@@ -41,7 +41,8 @@ class PLD(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Teacher, student and labels have the same classes."""
-        check_classes(m, batch, labels=True)
+        classes = check_classes(m, batch, labels=True)
+        check_field("top_k", self.top_k, self.top_k is None or self.top_k <= classes, f"1 to {classes} classes")
 
     def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
         """One update of the student."""
