@@ -21,7 +21,6 @@ from limbeck.core.roles import Roles
 from limbeck.engine.run import Result, execute
 from limbeck.engine.settings import Engine
 from limbeck.evidence import Evidence
-from limbeck.export.files import write_text
 from limbeck.export.onnx import OnnxReport, to_onnx
 from limbeck.job import Job, Origin, claim, describe, gather
 from limbeck.models.folder import save_folder
@@ -129,14 +128,14 @@ def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -
     began = time.perf_counter()
     job = claim(job if isinstance(job, Job) else build(job))
     evidence = Evidence.begin(job)
-    _open(job, evidence)
     if job.stored:
+        _open(job, evidence)
         folder = job.recipe.cache or job.out / "cache"
         store = collect(job.roles.teacher, job.taught or job.data.train, folder, batch_size=job.engine.batch_size)
         job.roles.teacher = Cached(store)
     if job.budget is not None:
         job = job.with_steps(steps_within(job, job.budget - (time.perf_counter() - began), evidence.seconds))
-        _record(job)
+    _open(job, evidence)
     result = execute(
         job.method,
         job.roles,
@@ -220,15 +219,10 @@ def default_method(teacher: Any) -> str:
 
 
 def _open(job: Job, evidence: Evidence) -> None:
-    """Make the run's folder: the recipe, with which `limbeck run` goes on, and what is known before training."""
+    """Make the run's folder: what is known before training, and the recipe, with which `limbeck run` goes on."""
     if not (job.out / "recipe.yaml").exists():
-        _record(job)
-    if not (job.out / "metrics.json").exists():
         evidence.write(job)
-
-
-def _record(job: Job) -> None:
-    write_text(job.out / "recipe.yaml", job.recipe.model_copy(update={"out": "."}).yaml())
+    job.record()
 
 
 def _save(job: Job, roles: Roles) -> None:

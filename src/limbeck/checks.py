@@ -20,6 +20,8 @@ from limbeck.data import Data
 from limbeck.evaluate.cost import evaluating
 from limbeck.models.load import model_image_size
 
+RUN_FILES = ("metrics.json", "recipe.yaml")  # in the order in which they are written
+
 
 def check_out(out: Path) -> None:
     """The folder can be written to, and holds nothing but a run."""
@@ -32,11 +34,12 @@ def check_out(out: Path) -> None:
             expected="a folder that can be made or written",
             fix="choose another with --out",
         )
-    if out.is_dir() and any(out.iterdir()) and not (out / "recipe.yaml").exists():
+    names = {p.name for p in out.iterdir() if not p.name.startswith(".")} if out.is_dir() else set()
+    if names - {RUN_FILES[0]} and not names >= set(RUN_FILES):  # a start may have been killed after the first file
         raise UsageError(
             "the run's folder holds other files",
             where=out,
-            found=", ".join(sorted(p.name for p in out.iterdir())[:3]),
+            found=", ".join(sorted(names)[:3]),
             expected="no folder, an empty one, or that of the same run",
             fix="choose another with --out",
         )

@@ -53,7 +53,7 @@ class Evidence:
         return evidence
 
     def write(self, job: Job, **more: Any) -> None:
-        """Write `metrics.json`."""
+        """Write `metrics.json` into the run's folder."""
         metrics = {
             "task": job.test.task if job.test is not None else "",
             "primary": job.test.primary if job.test is not None else "",

@@ -24,6 +24,7 @@ from limbeck.data import Data, TextSource, load_data
 from limbeck.engine.runtime import make_runtime
 from limbeck.engine.settings import Engine
 from limbeck.evaluate.tasks import Evaluator, evaluator
+from limbeck.export.files import write_text
 from limbeck.models.load import conversion, load_model, model_preprocess, model_tokenizer, num_classes
 from limbeck.models.specs import is_object
 from limbeck.teachers import Ensemble
@@ -86,6 +87,10 @@ class Job:
     def stored(self) -> bool:
         """Whether stored outputs stand in for the teacher while the student learns."""
         return self.recipe.cache is not None or self.taught is not None
+
+    def record(self) -> None:
+        """Write the recipe into the run's folder, where `limbeck run` goes on with it."""
+        write_text(self.out / "recipe.yaml", self.recipe.model_copy(update={"out": "."}).yaml())
 
     def with_steps(self, steps: int) -> Job:
         """The job with a number of steps in the place of a budget, in the recipe as well."""
@@ -152,7 +157,8 @@ def assemble(
     method, engine = recipe.method, recipe.engine
     out = Path(recipe.out) if recipe.out else default_out(recipe)
     check_out(out)
-    device = make_runtime(replace(engine, processes=1, shard=())).device
+    alone = engine if engine.processes == 1 else replace(engine, processes=1, shard=())
+    device = make_runtime(alone).device
     modules = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
     roles = Roles(**{n: Role(n, m, model_preprocess(m) if normalise else None) for n, m in modules.items()})
     check_roles(method, roles, optim)

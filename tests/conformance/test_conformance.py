@@ -186,9 +186,10 @@ def test_a_loop_of_ones_own_equals_the_engine(name, monkeypatch):
     sole = method.trains[0] if len(method.trains) == 1 else None
     for batch in batches:
         for update in updates(method.step, m, batch, sole):
-            optimizers[update.role].zero_grad()
-            update.loss.backward()
-            optimizers[update.role].step()
+            update.backward(m)
+            if update.apply:
+                optimizers[update.role].step()
+                optimizers[update.role].zero_grad()
         m.step += 1
     assert_same(bits(m), bits(engine.roles))
 

@@ -17,7 +17,7 @@ class Given(torch.nn.Module):
         self.logits = torch.nn.Parameter(logits)
 
     def forward(self, x):
-        return self.logits
+        return self.logits.clone()
 
 
 def draw(*shape, seed):
@@ -62,14 +62,14 @@ def test_without_labels_the_teacher_has_it_all(m):
 def test_hot_gradients_tend_to_those_of_matched_logits(m):
     """Section 2.1 of the paper: at high temperature KD is half the squared distance of centred logits, over C."""
     t, s = m.teacher.logits.detach(), m.student.logits
-    loss(KD(temperature=1e4, label_weight=0.0), m).backward()
+    loss(KD(temperature=1e6, label_weight=0.0), m).backward()
     gap = (s - s.mean(1, keepdim=True)) - (t - t.mean(1, keepdim=True))
-    torch.testing.assert_close(s.grad, gap.detach() / 5 / 4, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(s.grad, gap.detach() / 5 / 4, rtol=1e-4, atol=1e-6)
 
 
 def test_a_student_equal_to_the_teacher_learns_from_labels_only(m):
     twin = Roles(teacher=m.teacher.module, student=Given(m.teacher.logits.detach().clone()))
-    assert loss(KD(label_weight=0.0), twin) == pytest.approx(0, abs=1e-12)
+    assert loss(KD(label_weight=0.0), twin).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_tokens_count_as_samples():

@@ -15,7 +15,7 @@ class Given(torch.nn.Module):
         self.logits = torch.nn.Parameter(torch.as_tensor(logits, dtype=torch.float64))
 
     def forward(self, x):
-        return self.logits
+        return self.logits.clone()
 
 
 def update_of(method, student, teacher, y):

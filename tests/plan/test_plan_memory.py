@@ -138,6 +138,7 @@ def measured(job: Any, kernels: bool) -> int:
     return most + sum(t.nbytes for t in held)
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("engine", [{}, {"micro_batches": 4}, {"precision": "bf16"}], ids=["fp32", "micro", "bf16"])
 def test_the_estimate_is_what_the_allocator_gives(model: str, engine: dict[str, Any]) -> None:

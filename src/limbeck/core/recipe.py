@@ -107,6 +107,7 @@ class Recipe(BaseModel):
             if own is None:
                 model, fields = _with_method(fields)
             valid = dict(model.model_validate_json(json.dumps(fields)))
+            _check_spec(valid["data"])
             return cls.model_construct(**valid | ({"method": own} if own else {}))
         except ValidationError as error:
             raise _explain(error, model, where) from None
@@ -228,6 +229,17 @@ def _with_method(tree: dict[str, Any]) -> tuple[type[Recipe], dict[str, Any]]:
         )
     fields = {k: v for k, v in block.items() if k != "name"}
     return _model(registry.find(block["name"])), tree | {"method": fields}
+
+
+def _check_spec(data: str | dict[str, Any]) -> None:
+    if isinstance(data, dict) and not isinstance(data.get("spec"), str):
+        raise UsageError(
+            "the recipe names no data",
+            where="data.spec",
+            found=data.get("spec"),
+            expected="a name, file or folder beside the options",
+            fix="add spec: path/to/data",
+        )
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from inspect import getdoc
 from typing import TYPE_CHECKING
 
+import torch
+
 from limbeck.data.seeding import isolated
 from limbeck.doctor import data, models, training
 from limbeck.doctor.exam import Exam, Skip
@@ -40,7 +42,7 @@ CHECKS: Mapping[str, Callable[[Exam], Finding | None]] = {
 
 
 def diagnose(job: Job, samples: int = 64) -> Diagnosis:
-    """Examine a job's first training stage on one batch.
+    """Examine a job's first training stage on one batch, in float32.
 
     Everything is done on copies: models, modes, gradients and the global random state stay as they were.
 
@@ -54,7 +56,8 @@ def diagnose(job: Job, samples: int = 64) -> Diagnosis:
     Raises:
         UsageError: The program has no stage that trains by steps.
     """
-    with isolated():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with isolated(), torch.random.fork_rng(devices):
         exam = Exam(job, samples)
         return Diagnosis(tuple(_judge(name, check, exam) for name, check in CHECKS.items()))
 

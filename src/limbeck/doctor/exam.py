@@ -153,8 +153,10 @@ class Exam:
         self.models.teacher.freeze()
 
     def roles(self) -> Roles:
-        """Copies of the roles in the modes of the stage, at its first step."""
-        copies = copy_roles(self.models)
+        """Copies of the roles that learn beside those that are frozen, at the stage's first step."""
+        frozen = [role.module for _, role in self.models.items() if role.frozen]
+        kept = {id(part): part for module in frozen for part in (module, *module.parameters())}
+        copies = copy_roles(self.models, kept)
         copies.seed = self.seed
         prepare_roles(self.stage, copies)
         return copies

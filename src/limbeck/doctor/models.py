@@ -119,7 +119,7 @@ def class_order(exam: Exam) -> Finding | None:
     owners = {"data": exam.stage.data, **{n: r.module for n, r in exam.models.items()}}
     names = {owner: found for owner, value in owners.items() if (found := class_names(value))}
     if len(names) < 2:
-        raise Skip(f"class names are known for {', '.join(names) or 'neither data nor models'} only")
+        raise Skip(f"class names are known for {', '.join(names)} only" if names else "no class names are known")
     for (one, a), (other, b) in combinations(names.items(), 2):
         if a == b or not set(a) & set(b):  # names without a common word are in another language, so to say
             continue

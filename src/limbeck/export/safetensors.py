@@ -71,7 +71,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {}).get(_KEY, "{}"))
     except FileNotFoundError:
-        raise UsageError("there is no such weights file", where=path) from None
+        raise UsageError("there is no such weights file", where=path, fix="correct the path") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(
             "this is not a whole safetensors file", where=path, found=error, fix="save or copy it again"

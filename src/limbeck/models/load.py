@@ -275,7 +275,7 @@ def _fill(module: nn.Module, path: Path) -> nn.Module:
         safetensors.load(module, path)
         return module
     if not path.is_file():
-        raise UsageError("there is no such weights file", where=path)
+        raise UsageError("there is no such weights file", where=path, fix="correct the path")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), Mapping)), state)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from limbeck.core.source import Source
 from limbeck.core.stages import Train
 from limbeck.engine.settings import Engine
 from limbeck.plan.fake import Fake, cached, fake_batch, fake_roles
@@ -18,6 +19,7 @@ from limbeck.plan.memory import Memory
 from limbeck.plan.program import prepare_roles, sample, total_steps, training_stages
 from limbeck.plan.report import LAUNCH, Plan, RoleCost, StageCost
 from limbeck.plan.trace import explained, shard, trace_stage
+from limbeck.teachers.cached import Cached
 
 if TYPE_CHECKING:
     from limbeck.core.recipe import Recipe
@@ -81,6 +83,8 @@ def plan_job(job: Job | Draft, gpu: str = "a100-80gb", utilisation: float | None
     hours = sum(math.inf if s.steps is None else s.steps * t / 3600 for s, t in zip(stages, seconds, strict=True))
     if job.engine.precision == "bf16" and not card.bfloat16:
         notes.append(f"{card.name} does not compute in bfloat16: set engine.precision=fp16")
+    if job.engine.shard:
+        notes.append("a sharded role gathers one part at a time: that memory is not counted")
     if job.engine.compile:
         notes.append("compiled roles usually need less memory than this")
     return Plan(
@@ -109,7 +113,8 @@ def _trace(job: Any, engine: Engine, notes: list[str]) -> list[StageCost]:
         with fake():
             prepare_roles(stage, m)
             parts = _parts(stage, seen, engine)
-            if "teacher" in m and (job.taught is not None or job.recipe.cache is not None):
+            stored = job.taught is not None or job.recipe.cache is not None
+            if stored and "teacher" in m and not isinstance(m.teacher.module, Cached):
                 notes.append("the teacher's outputs are stored once before training: that pass is not counted")
                 m.teacher = cached(m.teacher, parts[0])
             if not costs and not m.lineage:  # the method's check is about the models as they are given
@@ -125,8 +130,7 @@ def _parts(stage: Train, seen: Any, engine: Engine) -> list[Any]:
     """The fake micro-batches of one device, of full size."""
     if not seen.fields():
         return [seen] * engine.micro_batches
-    rows = len(stage.data) if hasattr(stage.data, "ids") else len(seen)
-    whole = min(engine.batch_size, rows) if hasattr(stage.data, "ids") else rows
+    whole = min(engine.batch_size, len(stage.data)) if isinstance(stage.data, Source) else len(seen)
     return list(fake_batch(seen, math.ceil(whole / engine.processes)).split(engine.micro_batches))
 
 
@@ -151,7 +155,8 @@ def _advice(job: Any, stages: list[StageCost], card: Gpu) -> tuple[str, ...]:
         needed = max(_needed(stage, parts) for stage in stages)
         if needed <= card.memory:
             count = engine.micro_batches * parts
-            advice.append(f"engine.micro_batches={count} needs about {needed / 1e9:.1f} GB and changes no gradient")
+            limit = "losses over the batch and batch normalisation then see a part at a time"
+            advice.append(f"engine.micro_batches={count} needs about {needed / 1e9:.1f} GB; {limit}")
             break
         parts *= 2
     needed = max(map(_needed, stages))

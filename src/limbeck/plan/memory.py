@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import Tensor, ops
+from torch import Tensor, ops, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -74,7 +74,8 @@ class MemoryTracker(TorchDispatchMode):
     def label(self, kind: str, tensors: Iterable[Tensor]) -> None:
         """Count the storages of `tensors` as `kind`, a field of `Memory`."""
         for tensor in tensors:
-            self._see(tensor).kind = kind
+            if tensor.layout == strided:
+                self._see(tensor).kind = kind
 
     def peak(self, since: int = 0) -> Memory:
         """The memory at the moment from `since` on when most was held."""
@@ -105,7 +106,7 @@ class MemoryTracker(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self._now += 1
         for value in tree_iter(out):
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.layout == strided:  # a sparse tensor has no storage of its own
                 self._see(value)
         return out
 

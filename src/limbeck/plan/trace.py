@@ -120,12 +120,12 @@ def explained(stage: Train, batch: Batch, outputs: Mapping[str, str]) -> Iterato
     except Exception as error:
         role, place = _place(error, stage)
         given = ", ".join(f"{k} {_shape(v)}" for k, v in batch.fields().items())
+        said = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
         returned = "".join(f"; {name} returned {shape}" for name, shape in outputs.items())
         raise UsageError(
             f"the role '{role}' cannot take this input" if role else f"stage '{stage.name}' cannot combine its tensors",
             where=place,
-            found=f"batch {given}{'' if role else returned}",
-            expected=f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}",
+            found=f"{said}; batch {given}{'' if role else returned}",
             fix="let model and data agree in shape and dtype"
             if role
             else "let the roles' outputs and the labels agree",
