@@ -1,6 +1,6 @@
 """Engine step / hand-written loop, same loader and loss in both, on the CPU with one thread.
 
-    python benchmarks/engine.py --out benchmarks/results/engine.json
+python benchmarks/engine.py --out benchmarks/results/engine.json
 """
 
 import argparse
@@ -8,6 +8,7 @@ import copy
 import json
 import platform
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -52,7 +53,7 @@ def hand_written(student, teacher, source, steps, batch_size):
 
 def mlp(*sizes):
     layers = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
+    for a, b in pairwise(sizes):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -75,7 +76,12 @@ def measure(width, batch_size, steps, repeats):
         execute(KD(), roles, data, engine, optim=optim)
         times["engine"].append((time.process_time() - start) / steps)
     ratios = [e / h for e, h in zip(times["engine"], times["hand"], strict=True)]
-    return {"hand_ms": median(times["hand"]) * 1e3, "engine_ms": median(times["engine"]) * 1e3, "ratio": median(ratios), "ratios": ratios}
+    return {
+        "hand_ms": median(times["hand"]) * 1e3,
+        "engine_ms": median(times["engine"]) * 1e3,
+        "ratio": median(ratios),
+        "ratios": ratios,
+    }
 
 
 def main():

@@ -195,7 +195,12 @@ def lightning(barebones: bool) -> Arm:
         quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_checkpointing": False, "log_every_n_steps": 50}
         settings = {"barebones": True} if barebones else {**quiet, "enable_model_summary": False}
         trainer = L.Trainer(
-            max_epochs=1, accelerator="cpu", devices=1, default_root_dir=folder, use_distributed_sampler=False, **settings
+            max_epochs=1,
+            accelerator="cpu",
+            devices=1,
+            default_root_dir=folder,
+            use_distributed_sampler=False,
+            **settings,
         )
         trainer.fit(module, task)
         return module.student

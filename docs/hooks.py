@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import html
 import inspect
 import json
 import re
@@ -12,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
@@ -59,6 +61,15 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     markdown = re.sub(r"<!-- fields (\S+) -->", lambda m: fields_table(find(m[1])), markdown)
     made = {"commands": commands, "methods": lambda: methods_table("methods/")}
     return re.sub(r"<!-- (commands|methods) -->", lambda m: made[m[1]](), markdown)
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas as MathML, which browsers show without a script and without a network."""
+
+    def formula(found: re.Match[str]) -> str:
+        return convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
+
+    return re.sub(r'<(div|span) class="arithmatex">\\[\[(](.*?)\\[\])]</\1>', formula, content, flags=re.DOTALL)
 
 
 def from_root(text: str) -> str:
@@ -115,7 +126,7 @@ def method_page(name: str) -> str:
 
     card, kind = registry.card(name), registry.find(name)
     title, _, text = card.text.partition("\n") if card.text.startswith("# ") else (f"# {name}", "", card.text)
-    facts = [row([key, words(value)]) for key, value in card.metadata.items() if key != "name"]
+    facts = [row([key, words(value)]) for key, value in card.metadata.items() if key not in ("name", "seed")]
     code = (card.path.parent / "method.py").read_text(encoding="utf-8")
     parts = [
         title,

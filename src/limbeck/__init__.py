@@ -22,7 +22,6 @@ _PUBLIC = {
     "Update": "limbeck.core.update",
     "distill": "limbeck.api",
     "load": "limbeck.api",
-    "methods": "limbeck.api",
     "run": "limbeck.api",
 }
 
@@ -42,12 +41,11 @@ __all__ = [
     "__version__",
     "distill",
     "load",
-    "methods",
     "run",
 ]
 
 if TYPE_CHECKING:
-    from limbeck.api import distill, load, methods, run
+    from limbeck.api import distill, load, run
     from limbeck.core.batch import Batch
     from limbeck.core.errors import LimbeckError
     from limbeck.core.method import Method

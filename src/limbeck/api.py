@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck.convert.record import load_student, save_student
+from limbeck.convert.record import MANIFEST, load_student
 from limbeck.core import registry
 from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
@@ -153,22 +153,28 @@ def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -
     return result
 
 
-def load(path: str | os.PathLike[str], module: nn.Module | None = None) -> nn.Module:
+def load(path: str | os.PathLike[str], module: nn.Module | None = None, trust: bool = False) -> nn.Module:
     """The student of a run.
 
     Args:
         path: The run's folder, or the student's own.
         module: An untrained student, where it is a module of the caller's, whose code is not stored.
+        trust: Whether Python code that the folder names may be run, such as `file.py:function`.
 
     Raises:
-        UsageError: There is no student in the folder, or it is damaged or another one.
+        UsageError: There is no student in the folder, or it is damaged, another one, or asks for trust.
     """
     folder = Path(path) / "student" if (Path(path) / "student").is_dir() else Path(path)
-    return load_model(folder) if module is None else load_student(folder, module)
+    if module is not None or (trust and (folder / MANIFEST).is_file()):
+        return load_student(folder, module, trust)
+    return load_model(folder)
 
 
 def export(
-    run: str | os.PathLike[str], path: str | os.PathLike[str] | None = None, module: nn.Module | None = None
+    run: str | os.PathLike[str],
+    path: str | os.PathLike[str] | None = None,
+    module: nn.Module | None = None,
+    trust: bool = False,
 ) -> OnnxReport:
     """Write the student of a run as ONNX, and compare the two.
 
@@ -176,6 +182,7 @@ def export(
         run: The run's folder.
         path: The file; default `student/model.onnx` in the run's folder.
         module: An untrained student, where it is a module of the caller's.
+        trust: Whether Python code that the folder names may be run.
 
     Returns:
         What was written, and how well it agrees with the module.
@@ -199,7 +206,7 @@ def export(
     tokens = "input_ids" in example
     given = tuple(example.values()) if list(example) == ["x"] else example
     target = Path(path) if path is not None else Path(run) / "student" / "model.onnx"
-    return to_onnx(load(run, module), given, target, axes=("batch", "sequence") if tokens else ("batch",))
+    return to_onnx(load(run, module, trust), given, target, axes=("batch", "sequence") if tokens else ("batch",))
 
 
 def methods() -> dict[str, Card]:
@@ -230,8 +237,5 @@ def _save(job: Job, roles: Roles) -> None:
     made = roles.lineage.get("student", {"base": "student", "records": []})
     teacher = job.recipe.teacher if isinstance(job.recipe.teacher, str) else None
     origin = job.origin if made["base"] == "student" else Origin(teacher)
-    records, module = [*origin.records, *made["records"]], roles.student.module
-    if origin.spec is None:
-        save_student(job.out / "student", module, records)
-    else:
-        save_folder(module, job.out / "student", origin.spec, num_classes=origin.num_classes, records=records)
+    records = [*origin.records, *made["records"]]
+    save_folder(roles.student.module, job.out / "student", origin.spec, num_classes=origin.num_classes, records=records)

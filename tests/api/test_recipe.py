@@ -122,7 +122,9 @@ def test_schema_has_every_field_with_its_description():
     for kind, name in ((Engine, "Engine"), (Optim, "Optim"), (KD, "kd")):
         for field in fields(kind):
             assert schema["$defs"][name]["properties"][field.name]["description"], field.name
-    names = {method["$ref"].rpartition("/")[2] for method in schema["properties"]["method"]["anyOf"] if "$ref" in method}
+    names = {
+        method["$ref"].rpartition("/")[2] for method in schema["properties"]["method"]["anyOf"] if "$ref" in method
+    }
     assert names == set(registry.METHODS)
 
 

@@ -242,7 +242,11 @@ def test_classes_of_teacher_and_data_differ(capsys, place):
     images(place, "ab")
     (place / "net.py").write_text(NET.replace("nn.Linear(4, classes)", "nn.Linear(192, classes)"))
     check(
-        capsys, place, ["run", "recipe.yaml", "data=images"], "teacher and data have different classes", "the data have 2"
+        capsys,
+        place,
+        ["run", "recipe.yaml", "data=images"],
+        "teacher and data have different classes",
+        "the data have 2",
     )
 
 
@@ -269,7 +273,9 @@ def test_out_of_another_run(capsys, place):
     check(capsys, place, words, "another run", "method.temperature", "found: 2.0", "expected: 3.0", "--out")
 
 
-@pytest.mark.parametrize("words", [["dstill"], ["run"], ["distill", "--epochs", "many"], ["prove", "kd", "--seeds", "1"]])
+@pytest.mark.parametrize(
+    "words", [["dstill"], ["run"], ["distill", "--epochs", "many"], ["prove", "kd", "--seeds", "1"]]
+)
 def test_words_that_the_command_line_does_not_know(words, capsys, place):
     assert main(words) == 2
     shown = capsys.readouterr().err

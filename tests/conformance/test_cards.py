@@ -24,7 +24,7 @@ SECTIONS = [
 FAMILIES = {"classify", "perceive", "compress", "elastic", "condense", "fewstep", "language", "graph"}
 LONG = ("prove",)  # run by hand; its results are committed
 
-cards = pytest.mark.parametrize("card", map(registry.card, registry.METHODS), ids=lambda card: card.name)
+cards = pytest.mark.parametrize("card", [registry.card(name) for name in registry.METHODS], ids=lambda card: card.name)
 
 
 def blocks(card, language):

@@ -38,6 +38,6 @@ def program(path: Path) -> str:
 
 def commands(path: Path) -> list[str]:
     """The `limbeck` commands of a page's shell blocks."""
-    lines = [line for block in blocks(path, "bash") for line in block.text.splitlines()]
-    parts = [part.strip() for line in lines for part in line.split("&&")]
+    lines = [line for block in blocks(path, "bash", "console") for line in block.text.splitlines()]
+    parts = [part.strip() for line in lines for part in line.removeprefix("$ ").split("&&")]
     return [part for part in parts if part.startswith("limbeck")]

@@ -77,6 +77,16 @@ def test_the_marks_of_a_page_are_replaced(hooks):
     assert all(text in page for text in ("`weight_decay`", "def mlp(", "## limbeck distill", "[kd](methods/kd.md)"))
 
 
+def test_formulas_become_mathml(hooks):
+    page = hooks.on_page_content(
+        r'<p>a</p><div class="arithmatex">\[x &lt; \frac{1}{2}\]</div><span class="arithmatex">\(y\)</span>'
+    )
+    assert page.count("<math") == 2
+    assert "<mfrac>" in page
+    assert 'display="block"' in page
+    assert "arithmatex" not in page
+
+
 def test_links_of_the_readme_become_links_of_the_site(hooks):
     text = (
         "[a](docs/start.md) ![b](docs/img/x.svg) [kd](src/limbeck/methods/kd/card.md) [L](LICENSE) [c](CONTRIBUTING.md)"

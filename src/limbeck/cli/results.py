@@ -35,11 +35,14 @@ def export(
     onnx: Annotated[
         Path | None, typer.Option(help="The file; default: student/model.onnx in the run's folder.")
     ] = None,
+    trust: Annotated[
+        bool, typer.Option("--trust", help="Run Python code that the folder names: file.py:function.")
+    ] = False,
 ) -> None:
     """Write the student of a run as ONNX, checked against the module."""
     from limbeck.api import export as export_run
 
-    found = export_run(run, onnx)
+    found = export_run(run, onnx, trust=trust)
     print(f"onnx     {found.path}")
     print(f"inputs   {', '.join(found.inputs)}")
     print(f"differs  by at most {found.max_rel_error:.1e} of the largest output, on sizes {list(found.checked)}")

@@ -267,11 +267,14 @@ def _resolve(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The tree with what names a file beside the recipe replaced by its path."""
 
     def path(spec: str) -> str:
+        base, at, weights = spec.rpartition("@")
+        if at and weights.endswith((".safetensors", ".pt", ".pth")):
+            return f"{path(base)}@{folder / weights}"
         scheme, colon, rest = spec.partition(":")
         if colon and re.fullmatch(r"[a-z]+", scheme):
-            return f"{scheme}:{path(rest)}" if (folder / rest).exists() else spec
+            return f"{scheme}:{folder / rest}" if (folder / rest).exists() else spec
         file, colon, name = spec.rpartition(":") if ".py:" in spec else (spec, "", "")
-        return f"{folder / file}{colon}{name}" if (folder / file).exists() or "/" in file else spec
+        return f"{folder / file}{colon}{name}" if "/" in file or (folder / file).exists() else spec
 
     def walk(value: Any) -> Any:
         if isinstance(value, str):

@@ -249,7 +249,9 @@ class Run:
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         torch.manual_seed(seed + self.runtime.rank)
-        if self.engine.deterministic != torch.are_deterministic_algorithms_enabled():  # the call alone imports the compiler
+        if (
+            self.engine.deterministic != torch.are_deterministic_algorithms_enabled()
+        ):  # the call alone imports the compiler
             torch.use_deterministic_algorithms(self.engine.deterministic)
 
     def save(self, name: str, train: dict[str, Any] | None, protect: set[str]) -> str:

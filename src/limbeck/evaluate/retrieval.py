@@ -59,7 +59,7 @@ class Retrieval:
 
     Raises:
         UsageError: There are no texts, or not as many queries as passages.
-    """  # noqa: D205
+    """
 
     task = "retrieval"
 
@@ -104,7 +104,7 @@ class Similarity:
 
     Raises:
         UsageError: There are too few texts.
-    """  # noqa: D205
+    """
 
     task, primary = "similarity", "spearman"
 

@@ -101,7 +101,7 @@ def evaluator(
     some = texts[:: -(-len(texts) // _TEXTS)]
     if isinstance(some[0], str):
         return Similarity(some) if len(some) > 2 else None
-    return Retrieval(*zip(*some, strict=True))
+    return Retrieval([query for query, _ in some], [passage for _, passage in some])
 
 
 def predict(role: Role, source: Source, batch_size: int = 256) -> tuple[Tensor, Tensor | None]:

@@ -93,8 +93,8 @@ def student(seed: int, step: Step, lr: float = OPTIM.lr) -> Trial:
 PROOF = Proof(
     claim="From the teacher's embeddings alone, a student without labels learns to retrieve better than the same student learns "
     "from the labelled pairs, with the same budget",
-    task="1200 pairs (summary, body) of the standard library's docstrings per seed, 368 pairs of other modules to tune on, 350 of "
-    "yet others to test; teacher all-MiniLM-L6-v2, student a mean of hashed words, 480 steps of 50 pairs; lr 0.03, which "
+    task="1200 pairs (summary, body) of the standard library's docstrings per seed, 368 pairs of other modules to tune on, "
+    "350 of yet others to test; teacher all-MiniLM-L6-v2, student a mean of hashed words, 480 steps of 50 pairs; lr 0.03, which "
     "was bad for the contrastive arm in a pilot on other seeds, so that arm has its best, 0.003",
     metric="MRR@10 (%)",
     arms={
