@@ -253,7 +253,8 @@ def _student(
     if change is not None and teacher is not None:
         module, record = change(teacher)
         return module, Origin(teacher_spec if isinstance(teacher_spec, str) else None, None, (record,))
-    count = classes if teacher is None else num_classes(teacher)
+    encoder = teacher is not None and hasattr(teacher, "encode")
+    count = None if encoder else (teacher is not None and num_classes(teacher)) or classes
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return load_model(student, num_classes=count, teacher=teacher), Origin(student, count)

@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LimbeckError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(error if error.exit_code == 130 else f"error: {error}", file=sys.stderr)
         return error.exit_code
     except SystemExit as stop:
         if stop.code == 130:
