@@ -156,7 +156,7 @@ class Demo:
         """Timed on a copy, with random targets in the place of the teacher's."""
         student = copy.deepcopy(self.students[name])
         source = self._source(min(len(self.corpus.train.texts), 8 * candidate.batch_size), student)
-        roles = Roles(teacher=Noise(), student=student)
+        roles = Roles(teacher=Noise(self.teacher.encode(["a"]).shape[1]), student=student)
         engine = Engine(batch_size=candidate.batch_size, evaluate_every=0, precision=precision())
         times = []
         for steps in (2, 8):
@@ -314,9 +314,13 @@ class Noise(nn.Module):
 
     takes_batch = True
 
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
     def forward(self, batch: Any) -> Tensor:
         """Any targets."""
-        return torch.randn(len(batch), 384)
+        return torch.randn(len(batch), self.width)
 
 
 class Named:

@@ -166,9 +166,19 @@ def test_the_main_job_takes_no_arguments(capsys, place, monkeypatch):
 
 def test_every_command_has_help(capsys):
     names = [command.callback.__name__ for command in app.registered_commands]
-    assert set(names) >= set(
-        ["distill", "run", "methods", "card", "report", "compare", "export", "plan", "doctor", "prove", "new"]
-    )
+    assert set(names) >= {
+        "distill",
+        "run",
+        "methods",
+        "card",
+        "report",
+        "compare",
+        "export",
+        "plan",
+        "doctor",
+        "prove",
+        "new",
+    }
     for name in names:
         assert call(capsys, name, "--help").startswith("Usage: ")
     assert call(capsys, "--version").startswith("limbeck ")
