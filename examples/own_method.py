@@ -1,7 +1,7 @@
 """A method of one's own: a feature loss through a projector that learns with the student.
 
 limbeck distill --teacher examples/own_model.py:teacher --student examples/own_model.py:student \
-    --data examples/own_model.py:digits --method examples/own_method.py:Hint
+    --data examples/own_model.py:digits --method examples/own_method.py:Hint --epochs 5 --set optim.student.lr=0.01
 """
 
 from collections.abc import Generator, Iterator

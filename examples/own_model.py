@@ -1,7 +1,7 @@
 """Models and data of one's own, for the command line.
 
 limbeck distill --teacher examples/own_model.py:teacher --student examples/own_model.py:student \
-    --data examples/own_model.py:digits --method kd --epochs 5
+    --data examples/own_model.py:digits --method kd --epochs 5 --set optim.student.lr=0.01
 """
 
 import torch

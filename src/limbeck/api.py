@@ -22,7 +22,7 @@ from limbeck.engine.run import Result, execute
 from limbeck.engine.settings import Engine
 from limbeck.evidence import Evidence
 from limbeck.export.onnx import OnnxReport, to_onnx
-from limbeck.job import Job, Origin, claim, describe, gather
+from limbeck.job import Job, Origin, claim, describe, gather, leads
 from limbeck.models.folder import save_folder
 from limbeck.models.load import load_model
 from limbeck.report.run import read_run, write_report
@@ -146,7 +146,7 @@ def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -
         out=job.out,
         progress=progress,
     )
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if leads():
         evidence.finish(job, result.roles, time.perf_counter() - began)
         _save(job, result.roles)
         write_report(job.out)

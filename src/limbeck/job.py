@@ -219,6 +219,16 @@ def claim(job: Job) -> Job:
     return job
 
 
+def leads() -> bool:
+    """Whether this process is the first of the run, or the only one: the one that writes and prints.
+
+    Example:
+        >>> leads()
+        True
+    """
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 def describe(value: Any) -> Any:
     """What a recipe says of a model or data set: the spec, or the class of an object of the caller's.
 

@@ -35,11 +35,12 @@ def execute(recipe: Recipe, budget: str | None, dry_run: bool, json: bool) -> No
     if dry_run:
         print(recipe.yaml(), end="")
         return
-    from limbeck.api import build
+    from limbeck.api import build, leads
     from limbeck.api import run as run_job
 
     result = run_job(build(recipe, budget))
-    show_run(Path(str(result.out)), json)
+    if leads():
+        show_run(Path(str(result.out)), json)
 
 
 def show_run(folder: Path, json: bool) -> None:

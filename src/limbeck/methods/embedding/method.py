@@ -44,7 +44,9 @@ class Embedding(Method):
             check_field(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         check_field("similarity_temperature", self.similarity_temperature, self.similarity_temperature > 0, "above 0")
         if not (self.cosine_weight or self.similarity_weight or self.mse_weight):
-            raise UsageError("all weights are 0, so there is nothing to learn", where="method")
+            raise UsageError(
+                "there is nothing to learn", where="method", found="all weights are 0", expected="one above 0"
+            )
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Both give one vector per sample, of one width where vectors are compared with each other."""
