@@ -42,6 +42,7 @@ def distill(
     out: str | os.PathLike[str] | None = None,
     engine: Engine | Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
+    pretrained: bool = True,
     progress: str = "auto",
     **fields: Any,
 ) -> Result:
@@ -58,6 +59,7 @@ def distill(
         out: The run's folder; default `runs/METHOD-STUDENT`.
         engine: How it is executed.
         optim: How each role is optimised: `Optim`, its fields, or a function from a module to an optimizer.
+        pretrained: Whether a student of a library starts from the library's trained weights, or from random ones.
         progress: `"auto"`, `"bar"`, `"lines"` or `"off"`.
         **fields: Hyper-parameters of the method, where it is given by name.
 
@@ -81,6 +83,7 @@ def distill(
     tree: dict[str, Any] = {
         "teacher": None if teacher is None else describe(teacher),
         "student": describe(student),
+        "pretrained": pretrained,
         "data": describe(data),
         "method": method or default_method(teacher),
         "engine": plain(engine or {}),

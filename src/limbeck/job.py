@@ -92,7 +92,7 @@ class Job:
         """Write the recipe into the run's folder, where `limbeck run` goes on with it."""
         write_text(self.out / "recipe.yaml", self.recipe.model_copy(update={"out": "."}).yaml())
 
-    def with_steps(self, steps: int) -> Job:
+    def with_steps(self, steps: int | None) -> Job:
         """The job with a number of steps in the place of a budget, in the recipe as well."""
         engine = replace(self.engine, steps=steps)
         return replace(self, engine=engine, recipe=self.recipe.model_copy(update={"engine": engine}), budget=None)
@@ -119,7 +119,7 @@ def gather(
     sources = load_data(options.pop("spec"), **options)
     classes = sources.num_classes
     teacher_module = None if teacher is None else _teacher(teacher, classes)
-    module, origin = _student(student, teacher, teacher_module, classes, recipe.engine.seed)
+    module, origin = _student(student, recipe, teacher_module, classes)
     sources, taught = _tokenised(sources, teacher_module, module)
     return assemble(
         recipe, teacher_module, module, sources, optim, budget, origin=origin, taught=taught, normalise=named
@@ -204,8 +204,8 @@ def claim(job: Job) -> Job:
         return job
     recorded = yaml.safe_load(path.read_text(encoding="utf-8"))
     steps = recorded["engine"]["steps"]
-    if job.budget is not None and steps is not None:  # the first start found how many fit
-        job = job.with_steps(steps)
+    if job.budget is not None and (steps is not None or (job.out / "run.json").exists()):
+        job = job.with_steps(steps)  # the first start found how many fit, or was not asked to
     here, there = _identity(job.recipe.dump()), _identity(recorded)
     for field in (*here, *there):
         if here.get(field) != there.get(field):
@@ -254,20 +254,20 @@ def _teacher(teacher: Any, classes: int | None) -> nn.Module:
     return load_model(teacher, num_classes=classes if own else None)
 
 
-def _student(
-    student: Any, teacher_spec: Any, teacher: nn.Module | None, classes: int | None, seed: int
-) -> tuple[nn.Module, Origin]:
+def _student(student: Any, recipe: Recipe, teacher: nn.Module | None, classes: int | None) -> tuple[nn.Module, Origin]:
     if isinstance(student, nn.Module):
         return student, Origin()
     change = conversion(student)
     if change is not None and teacher is not None:
         module, record = change(teacher)
-        return module, Origin(teacher_spec if isinstance(teacher_spec, str) else None, None, (record,))
+        named = recipe.teacher if isinstance(recipe.teacher, str) else None
+        return module, Origin(named, None, (record,))
     encoder = teacher is not None and hasattr(teacher, "encode")
     count = None if encoder else (teacher is not None and num_classes(teacher)) or classes
+    trained = recipe.pretrained or student.startswith("st:")  # which has no other form
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return load_model(student, num_classes=count, teacher=teacher), Origin(student, count)
+        torch.manual_seed(recipe.engine.seed)
+        return load_model(student, num_classes=count, teacher=teacher, pretrained=trained), Origin(student, count)
 
 
 def _tokenised(data: Data, teacher: nn.Module | None, student: nn.Module) -> tuple[Data, Data | None]:

@@ -326,3 +326,36 @@ def test_texts_get_the_tokenizer_of_the_student():
     assert read.train.batch(torch.tensor([0]), 0).x["input_ids"].tolist() == [[97, 98]]
     assert taught.train.batch(torch.tensor([0]), 0).x["input_ids"].tolist() == [[65, 66]]
     assert taught.train.ids.equal(read.train.ids)
+
+
+def test_a_budget_for_a_run_without_one_changes_nothing(tmp_path):
+    one = distill(tmp_path / "run")
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
+    again = distill(tmp_path / "run", budget="1s")
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+    assert same(weights(one), weights(again))
+
+
+def test_libraries_models_on_a_folder_of_images(tmp_path):
+    image, timm = pytest.importorskip("PIL.Image"), pytest.importorskip("timm")
+    for k, name in enumerate("abc"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(30):
+            image.new("RGB", (32, 32), (80 * k, i, 40)).save(tmp_path / "images" / name / f"{i}.png")
+    weights_file = tmp_path / "teacher.pt"
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), weights_file)
+    result = limbeck.distill(
+        f"timm:test_resnet@{weights_file}",
+        "timm:test_efficientnet",
+        {"spec": tmp_path / "images", "image_size": 32, "views": 1},
+        "pld",
+        out=tmp_path / "run",
+        engine={"steps": 2, "batch_size": 8},
+        pretrained=False,
+        progress="off",
+    )
+    assert result.roles.student.preprocess is not None
+    found = metrics(result.out)
+    assert found["lineage"]["input"] == {"x": ["float32", 3, 32, 32]}
+    again = limbeck.load(result.out)
+    assert same(weights(result), list(again.parameters()))

@@ -177,7 +177,7 @@ def test_every_command_has_help(capsys):
 
 @pytest.mark.processes
 def test_a_stopped_run_goes_on_to_the_same_end(capsys, place):
-    steps = ["--set", "engine.steps=3000", "--set", "engine.evaluate_every=0"]
+    steps = ["--set", "engine.steps=1500", "--set", "engine.evaluate_every=0"]
     words = ["distill", *WORDS, *steps, "--out"]
     code = "from limbeck.cli import main; raise SystemExit(main())"
     first = [*words, "run", "--set", "engine.checkpoint_every=20"]

@@ -27,6 +27,7 @@ class Recipe(BaseModel):
     Args:
         teacher: What is distilled, such as `timm:resnet50`; a list makes an ensemble, None is for methods without one.
         student: What is trained, such as `timm:resnet18`, `layers:2`, `file.py:function` or a student's folder.
+        pretrained: Whether a student of a library starts from the library's trained weights, or from random ones.
         data: A data set by name, file or folder; or a mapping with `spec` and the options of `load_data`.
         method: The method and its hyper-parameters: `name`, and the fields of its dataclass.
         engine: How the run is executed.
@@ -47,6 +48,7 @@ class Recipe(BaseModel):
 
     teacher: str | list[str] | None = None
     student: str
+    pretrained: bool = True
     data: str | dict[str, Any]
     method: Any
     engine: Engine = Field(default_factory=Engine)
@@ -132,7 +134,7 @@ def json_schema() -> dict[str, Any]:
 
     Example:
         >>> sorted(json_schema()["properties"])
-        ['cache', 'data', 'engine', 'method', 'optim', 'out', 'student', 'teacher']
+        ['cache', 'data', 'engine', 'method', 'optim', 'out', 'pretrained', 'student', 'teacher']
     """
     methods: list[dict[str, str]] = []
     definitions: dict[str, Any] = {}
