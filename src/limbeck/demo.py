@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from limbeck.convert.layers import InheritLayers
 from limbeck.convert.static import StaticTokens
+from limbeck.core.files import write_text
 from limbeck.core.optim import Optim
 from limbeck.core.roles import Roles
 from limbeck.core.stages import Conversion
@@ -31,7 +32,6 @@ from limbeck.evaluate.metrics import spearman
 from limbeck.evaluate.retrieval import cosines, mrr, scored_pairs
 from limbeck.evidence import machine
 from limbeck.export.cards import model_card
-from limbeck.export.files import write_text
 from limbeck.export.onnx import to_onnx
 from limbeck.methods.embedding.method import Embedding
 from limbeck.models.sentence import BUNDLED, SentenceEncoder, load_encoder

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from limbeck import __version__
 from limbeck.checks import first_batch
+from limbeck.core.files import write_text
 from limbeck.core.registry import name_of
 from limbeck.core.roles import Role, Roles
 from limbeck.evaluate import cost
-from limbeck.export.files import write_text
 from limbeck.job import Job
 
 _CALL = 32  # samples of the call that throughput is measured on

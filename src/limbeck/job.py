@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from limbeck.checks import check_data, check_out, check_roles, explained, first_batch
 from limbeck.core.errors import UsageError
+from limbeck.core.files import write_text
 from limbeck.core.method import Method
 from limbeck.core.optim import OptimSpec
 from limbeck.core.recipe import Recipe
@@ -24,7 +26,6 @@ from limbeck.data import Data, TextSource, load_data
 from limbeck.engine.runtime import make_runtime
 from limbeck.engine.settings import Engine
 from limbeck.evaluate.tasks import Evaluator, evaluator
-from limbeck.export.files import write_text
 from limbeck.models.load import conversion, load_model, model_preprocess, model_tokenizer, num_classes
 from limbeck.models.specs import is_object
 from limbeck.teachers import Ensemble
@@ -118,9 +119,13 @@ def gather(
     options = dict(data) if isinstance(data, Mapping) and "spec" in data else {"spec": data}
     sources = load_data(options.pop("spec"), **options)
     classes = sources.num_classes
-    teacher_module = None if teacher is None else _teacher(teacher, classes)
-    module, origin = _student(student, recipe, teacher_module, classes)
-    sources, taught = _tokenised(sources, teacher_module, module)
+    teacher_module = None if teacher is None else teacher_of(teacher, classes)
+    with torch.random.fork_rng():
+        torch.manual_seed(recipe.engine.seed)
+        module, origin = student_of(student, teacher_module, classes, partial(_load, recipe.pretrained))
+    if origin.records and isinstance(recipe.teacher, str):
+        origin = replace(origin, spec=recipe.teacher)
+    sources, taught = tokenised(sources, teacher_module, module)
     return assemble(
         recipe, teacher_module, module, sources, optim, budget, origin=origin, taught=taught, normalise=named
     )
@@ -245,33 +250,46 @@ def describe(value: Any) -> Any:
     return f"a {type(value).__module__}.{type(value).__qualname__}"
 
 
-def _teacher(teacher: Any, classes: int | None) -> nn.Module:
+def teacher_of(teacher: Any, classes: int | None, load: Callable[..., nn.Module] = load_model) -> nn.Module:
+    """The teacher, or the ensemble of a list of them.
+
+    Args:
+        teacher: A module, a spec, or a list of either.
+        classes: Classes of the data.
+        load: Called as `load_model` is.
+    """
     if isinstance(teacher, list | tuple):
-        members = [_teacher(member, classes) for member in teacher]
+        members = [teacher_of(member, classes, load) for member in teacher]
         return Ensemble(members, preprocess=[model_preprocess(member) for member in members])
     # A library's classifier keeps the classes it was trained on; weights of the caller's were trained on the data's.
     own = isinstance(teacher, str) and ("@" in teacher or is_object(teacher))
-    return load_model(teacher, num_classes=classes if own else None)
+    return load(teacher, num_classes=classes if own else None)
 
 
-def _student(student: Any, recipe: Recipe, teacher: nn.Module | None, classes: int | None) -> tuple[nn.Module, Origin]:
+def student_of(
+    student: Any, teacher: nn.Module | None, classes: int | None, load: Callable[..., nn.Module] = load_model
+) -> tuple[nn.Module, Origin]:
+    """The student, made from the teacher where its spec is a conversion, and what makes it again.
+
+    Args:
+        student: A module or a spec.
+        teacher: The teacher, whose classes it gets.
+        classes: Classes of the data, where the teacher names none.
+        load: Called as `load_model` is.
+    """
     if isinstance(student, nn.Module):
         return student, Origin()
     change = conversion(student)
     if change is not None and teacher is not None:
         module, record = change(teacher)
-        named = recipe.teacher if isinstance(recipe.teacher, str) else None
-        return module, Origin(named, None, (record,))
+        return module, Origin(records=(record,))
     encoder = teacher is not None and hasattr(teacher, "encode")
     count = None if encoder else (teacher is not None and num_classes(teacher)) or classes
-    trained = recipe.pretrained or student.startswith("st:")  # which has no other form
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.engine.seed)
-        return load_model(student, num_classes=count, teacher=teacher, pretrained=trained), Origin(student, count)
+    return load(student, num_classes=count, teacher=teacher), Origin(student, count)
 
 
-def _tokenised(data: Data, teacher: nn.Module | None, student: nn.Module) -> tuple[Data, Data | None]:
-    """Texts as the student reads them, and as the teacher does where that differs."""
+def tokenised(data: Data, teacher: nn.Module | None, student: nn.Module) -> tuple[Data, Data | None]:
+    """Texts as the student reads them, and as the teacher does where that differs; other data as they are."""
     if not all(isinstance(source, TextSource) and source.tokenizer is None for _, source in data.items()):
         return data, None
     own = model_tokenizer(student)
@@ -286,6 +304,10 @@ def _tokenised(data: Data, teacher: nn.Module | None, student: nn.Module) -> tup
     if one == other:
         return read, None
     return read, _read(data, second)
+
+
+def _load(pretrained: bool, spec: str, **how: Any) -> nn.Module:
+    return load_model(spec, pretrained=pretrained or spec.startswith("st:"), **how)  # which has no other form
 
 
 def _read(data: Data, tokenizer: Any) -> Data:

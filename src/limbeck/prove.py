@@ -21,6 +21,7 @@ from torch import nn
 import limbeck
 from limbeck.core import registry
 from limbeck.core.errors import RunError, UsageError
+from limbeck.core.files import write_text
 from limbeck.core.method import Method
 from limbeck.core.optim import Optim
 from limbeck.core.roles import Roles
@@ -32,7 +33,6 @@ from limbeck.evaluate.budget import Passes, as_dict, count_passes
 from limbeck.evaluate.compare import mean_deviation, paired_interval
 from limbeck.evaluate.metrics import topk_accuracy
 from limbeck.evaluate.tasks import predict
-from limbeck.export.files import write_text
 from limbeck.models.specs import import_object
 
 

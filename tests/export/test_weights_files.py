@@ -4,8 +4,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from limbeck.core.errors import RunError, UsageError
+from limbeck.core.files import aside, write_text
 from limbeck.export import safetensors
-from limbeck.export.files import aside, write_text
 from limbeck.export.parity import check_parity
 
 

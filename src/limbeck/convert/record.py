@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from limbeck import __version__
 from limbeck.core.errors import LimbeckError, UsageError
-from limbeck.export.files import aside
+from limbeck.core.files import aside
 from limbeck.export.safetensors import load, read_metadata, save
 
 FORMAT = 1

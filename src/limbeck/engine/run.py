@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import hashlib
 import json
 import platform
 import random
+import shutil
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 
 from limbeck.core.errors import UsageError
+from limbeck.core.files import write_text
 from limbeck.core.method import Method
 from limbeck.core.optim import OptimSpec
 from limbeck.core.roles import Role, Roles
@@ -30,7 +34,6 @@ from limbeck.engine.runtime import Runtime, make_runtime
 from limbeck.engine.settings import Engine
 from limbeck.engine.signals import Signals
 from limbeck.engine.train import Training, digest
-from limbeck.export.files import write_text
 
 # Settings that may differ between two starts of one run without changing what it computes.
 _FREE = {"workers", "checkpoint_every", "keep", "trackers", "device", "processes"}
@@ -196,9 +199,8 @@ class Run:
 
     def _collect(self, stage: Collect) -> Artefact:
         if self.out is None:
-            import tempfile
-
             folder = Path(tempfile.mkdtemp(prefix="limbeck-"))
+            atexit.register(shutil.rmtree, folder, ignore_errors=True)
         else:
             folder = self.out / "artefacts" / f"{self.index:02d}-{stage.name}"
         folder.mkdir(parents=True, exist_ok=True)

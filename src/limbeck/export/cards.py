@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from limbeck import __version__
-from limbeck.export.files import write_text
+from limbeck.core.files import write_text
 from limbeck.report.format import label, show
 
 

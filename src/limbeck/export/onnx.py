@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from limbeck.core.adapt import call, main_output
 from limbeck.core.errors import LimbeckError, RunError, UsageError, require
+from limbeck.core.files import aside
 from limbeck.evaluate.cost import evaluating, size_bytes
-from limbeck.export.files import aside
 from limbeck.export.parity import check_parity
 
 Example = tuple[Tensor, ...] | Mapping[str, Tensor]

@@ -10,7 +10,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from limbeck.core.errors import UsageError
-from limbeck.export.files import aside
+from limbeck.core.files import aside
 
 _KEY = "limbeck"
 

@@ -18,18 +18,11 @@ from limbeck.core.method import Method
 from limbeck.core.optim import OptimSpec
 from limbeck.core.recipe import Recipe
 from limbeck.core.roles import Role, Roles
-from limbeck.data import embedded, load_data
+from limbeck.data import Data, embedded, load_data
 from limbeck.data.options import DataOptions
-from limbeck.data.text import TextSource
 from limbeck.engine.settings import Engine
-from limbeck.models.load import (
-    conversion,
-    load_model,
-    model_image_size,
-    model_preprocess,
-    model_tokenizer,
-    num_classes,
-)
+from limbeck.job import student_of, teacher_of, tokenised
+from limbeck.models.load import load_model, model_image_size, model_preprocess, model_tokenizer, num_classes
 from limbeck.models.specs import is_object
 from limbeck.teachers import Ensemble
 
@@ -102,12 +95,13 @@ def draft(recipe: Recipe, samples: int | None = None) -> Draft:
     spec, notes = options.pop("spec"), list[str]()
     found: Any = load_data(spec, **options) if _is_here(spec) else None
     classes = len(options.get("classes") or ()) or (None if found is None else found.num_classes)
-    teacher = _teacher(recipe.teacher, classes)
+    teacher = None if recipe.teacher is None else teacher_of(recipe.teacher, classes, _load)
     _check_classes(teacher, classes)
-    student = _student(recipe.student, teacher, classes)
+    student, _ = student_of(recipe.student, teacher, classes, _load)
     taught = None
     if found is not None:
-        train, taught = _read(found.train, teacher, student)
+        read, other = tokenised(Data(train=found.train), teacher, student)
+        train, taught = read.train, None if other is None else other.train
     else:
         train = _shapes(spec, options, teacher or student, samples or recipe.engine.batch_size)
         shown = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in train.x.items())
@@ -125,23 +119,6 @@ def _is_here(spec: str) -> bool:
     return named or Path(spec.removeprefix("hf:")).expanduser().exists()
 
 
-def _teacher(spec: str | list[str] | None, classes: int | None) -> nn.Module | None:
-    if spec is None:
-        return None
-    if isinstance(spec, list):
-        members = [member for one in spec if (member := _teacher(one, classes)) is not None]
-        return Ensemble(members, preprocess=[model_preprocess(member) for member in members])
-    # A library's classifier keeps the classes it was trained on; weights of the user's were trained on the data's.
-    return _load(spec, classes if "@" in spec or is_object(spec) else None, None)
-
-
-def _student(spec: str, teacher: nn.Module | None, classes: int | None) -> nn.Module:
-    change = conversion(spec)
-    if change is not None and teacher is not None:
-        return change(teacher)[0]
-    return _load(spec, classes if teacher is None else num_classes(teacher), teacher)
-
-
 def _check_classes(teacher: nn.Module | None, classes: int | None) -> None:
     known = None if teacher is None else num_classes(teacher)
     if known is not None and classes is not None and known != classes:
@@ -154,26 +131,13 @@ def _check_classes(teacher: nn.Module | None, classes: int | None) -> None:
         )
 
 
-def _load(spec: str, classes: int | None, teacher: nn.Module | None) -> nn.Module:
+def _load(spec: str, **how: Any) -> nn.Module:
     """A model on the meta device; sentence encoders, which cannot be had without their weights, with them."""
     if spec.startswith("st:") or Path(spec).is_dir():
         return load_model(spec)
     plain = spec.partition("@")[0]  # a file of weights need not be here
     with torch.device("meta"):
-        return load_model(plain, num_classes=classes, teacher=teacher, pretrained=False)
-
-
-def _read(train: Any, teacher: nn.Module | None, student: nn.Module) -> tuple[Any, Any]:
-    """Texts as the student reads them, and as the teacher does where that differs: its outputs are stored then."""
-    if not isinstance(train, TextSource) or train.tokenizer is not None:
-        return train, None
-    own, other = (None if model is None else model_tokenizer(model) for model in (student, teacher))
-    if own is None or other is None:
-        tokenizer = own or other
-        return (train if tokenizer is None else train.with_tokenizer(tokenizer, train.max_length)), None
-    few = train.subset(torch.arange(min(64, len(train))))
-    same = len({few.with_tokenizer(t, train.max_length).fingerprint() for t in (own, other)}) == 1
-    return train.with_tokenizer(own, train.max_length), None if same else few.with_tokenizer(other, train.max_length)
+        return load_model(plain, **how, pretrained=False)
 
 
 def _endless(source: Shapes, step: int, generator: torch.Generator) -> Batch:

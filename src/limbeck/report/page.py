@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from limbeck import __version__
-from limbeck.export.files import write_text
+from limbeck.core.files import write_text
 from limbeck.report.chart import LIGHT, PALETTE
 from limbeck.report.format import label, show
 

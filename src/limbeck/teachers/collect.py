@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from limbeck.core.adapt import main_output
 from limbeck.core.batch import Batch
 from limbeck.core.errors import RunError, UsageError
+from limbeck.core.files import write_text
 from limbeck.core.roles import Role, find
 from limbeck.core.source import Source
 from limbeck.evaluate.cost import evaluating
-from limbeck.export.files import write_text
 from limbeck.teachers.fingerprint import fingerprint
 from limbeck.teachers.store import (
     DTYPES,
