@@ -315,14 +315,14 @@ def test_texts_get_the_tokenizer_of_the_student():
             super().__init__()
             self.tokenizer = tokenizer
 
-    from limbeck.job import _tokenised
+    from limbeck.job import tokenised
 
     texts = Data(train=TextSource(["ab", "c"]))
-    read, taught = _tokenised(texts, Reader(letters), Reader(letters))
+    read, taught = tokenised(texts, Reader(letters), Reader(letters))
     assert taught is None
     assert read.train.batch(torch.tensor([0]), 0).x["input_ids"].tolist() == [[97, 98]]
     upper = lambda texts: letters([text.upper() for text in texts])  # noqa: E731
-    read, taught = _tokenised(texts, Reader(upper), Reader(letters))
+    read, taught = tokenised(texts, Reader(upper), Reader(letters))
     assert read.train.batch(torch.tensor([0]), 0).x["input_ids"].tolist() == [[97, 98]]
     assert taught.train.batch(torch.tensor([0]), 0).x["input_ids"].tolist() == [[65, 66]]
     assert taught.train.ids.equal(read.train.ids)
