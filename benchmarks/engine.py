@@ -3,17 +3,14 @@
 python benchmarks/engine.py --out benchmarks/results/engine.json
 """
 
-import argparse
 import copy
-import json
-import platform
 import time
 from itertools import pairwise
-from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 
 import torch
+from measuring import machine, options, report, spread
 from torch import nn
 
 from limbeck import Engine, Method, Optim, Roles, Update
@@ -67,7 +64,7 @@ def measure(width, batch_size, steps, repeats):
     optim = {"student": Optim("sgd", lr=0.01, momentum=0.9)}
     engine = Engine(steps=steps, batch_size=batch_size, log_every=50, evaluate_every=0)
     times = {"hand": [], "engine": []}
-    for _ in range(repeats):
+    for turn in range(repeats + 1):
         start = time.process_time()
         hand_written(copy.deepcopy(student), copy.deepcopy(teacher), source, steps, batch_size)
         times["hand"].append((time.process_time() - start) / steps)
@@ -75,31 +72,26 @@ def measure(width, batch_size, steps, repeats):
         start = time.process_time()
         execute(KD(), roles, data, engine, optim=optim)
         times["engine"].append((time.process_time() - start) / steps)
+        if turn == 0:  # warms up
+            times = {"hand": [], "engine": []}
     ratios = [e / h for e, h in zip(times["engine"], times["hand"], strict=True)]
     return {
-        "hand_ms": median(times["hand"]) * 1e3,
-        "engine_ms": median(times["engine"]) * 1e3,
-        "ratio": median(ratios),
-        "ratios": ratios,
+        "hand_ms": round(median(times["hand"]) * 1e3, 3),
+        "engine_ms": round(median(times["engine"]) * 1e3, 3),
+        "ratio": spread(ratios),
     }
 
 
 def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--repeats", type=int, default=9)
-    options = parser.parse_args()
+    given = options(__doc__.splitlines()[0], repeats=9)
     torch.set_num_threads(1)
     result = {
-        "machine": {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__, "threads": 1},
-        "step of about 1 ms": measure(96, 64, 600, options.repeats),
-        "step of about 10 ms": measure(768, 128, 80, options.repeats),
+        "machine": machine(),
+        "what": "process CPU time of a step; the ratio is the median over repeats that take turns",
+        "step of about 1 ms": measure(96, 64, 600, given.repeats),
+        "step of about 10 ms": measure(768, 128, 80, given.repeats),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
+    report(result, given.out)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def options(description: str, **integers: int) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     for name, default in integers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default, help=f"default {default}")
     return parser.parse_args()
 
 

@@ -9,8 +9,6 @@ range, in CPU time and in elapsed time; a busy machine widens both.
 `read` is the time to look up one batch in a larger store, in shuffled order.
 """
 
-import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -18,7 +16,7 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from measuring import machine
+from measuring import machine, options, report, spread
 from torch import nn
 from torchvision.models import resnet18, resnet50
 
@@ -79,14 +77,10 @@ def epochs(samples, pixels, batch_size, rounds, folder):
     seconds = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
 
     def ratio(a, b):
-        found = {}
-        for i, clock in enumerate(("cpu", "elapsed")):
-            values = sorted(x[i] / y[i] for x, y in zip(seconds[a], seconds[b], strict=True))
-            found[clock] = {
-                "median": round(median(values), 3),
-                "rounds from, to": [round(values[j], 3) for j in (0, -1)],
-            }
-        return found
+        return {
+            clock: spread([x[i] / y[i] for x, y in zip(seconds[a], seconds[b], strict=True)])
+            for i, clock in enumerate(("cpu", "elapsed"))
+        }
 
     return {
         "setting": {"samples": samples, "pixels": pixels, "batch_size": batch_size, "rounds": rounds, "classes": 1000},
@@ -129,13 +123,7 @@ class Wide(nn.Module):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--pixels", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=11)
-    given = parser.parse_args()
+    given = options(__doc__.splitlines()[0], samples=128, pixels=32, batch_size=32, rounds=11)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -149,11 +137,7 @@ def main():
                 "top 16": read(100_000, 256, 100, folder / "c", top_k=16),
             },
         }
-    text = json.dumps(found, indent=2)
-    print(text)
-    if given.out is not None:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(text + "\n")
+    report(found, given.out)
 
 
 if __name__ == "__main__":
