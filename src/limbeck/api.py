@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from limbeck.engine.run import Result, execute
 from limbeck.engine.settings import Engine
 from limbeck.evidence import Evidence
 from limbeck.export.onnx import OnnxReport, to_onnx
-from limbeck.job import Job, Origin, claim, describe, gather, leads
+from limbeck.job import Job, Origin, claim, describe, gather, leads, seen
 from limbeck.models.folder import save_folder
 from limbeck.models.load import load_model
 from limbeck.report.run import read_run, write_report
@@ -33,7 +33,7 @@ _ENCODERS = ("SentenceTransformer", "SentenceEncoder")
 
 
 def distill(
-    teacher: str | nn.Module | None,
+    teacher: str | nn.Module | Sequence[str | nn.Module] | None,
     student: str | nn.Module,
     data: Any,
     method: str | Method | None = None,
@@ -51,7 +51,7 @@ def distill(
     Called again with the same arguments and `out`, it goes on where it stopped.
 
     Args:
-        teacher: A module, or what `load_model` reads, such as `"timm:resnet50"`.
+        teacher: A module, or what `load_model` reads, such as `"timm:resnet50"`; several make an ensemble.
         student: The same.
         data: A `Data`, a data set of torch, `(x, y)` tensors, or what `load_data` reads, such as a folder.
         method: A method, or its name; default: `embedding` for sentence encoders, else `kd`.
@@ -134,8 +134,10 @@ def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -
     if job.stored:
         _open(job, evidence)
         folder = job.recipe.cache or job.out / "cache"
-        store = collect(job.roles.teacher, job.taught or job.data.train, folder, batch_size=job.engine.batch_size)
-        job.roles.teacher = Cached(store)
+        for name, role in job.roles.teachers.items():
+            own = folder if name == "teacher" else Path(folder) / name
+            store = collect(role, job.taught or seen(job.data), own, batch_size=job.engine.batch_size)
+            setattr(job.roles, name, Cached(store))
     if job.budget is not None:
         job = job.with_steps(steps_within(job, job.budget - (time.perf_counter() - began), evidence.seconds))
     _open(job, evidence)

@@ -17,6 +17,7 @@ from limbeck.core.optim import OptimSpec
 from limbeck.core.roles import Roles
 from limbeck.core.source import Source
 from limbeck.data import Data
+from limbeck.data.combine import check_unlabelled
 from limbeck.evaluate.cost import evaluating
 from limbeck.models.load import model_image_size
 
@@ -67,16 +68,18 @@ def check_roles(method: Method, roles: Roles, optim: Mapping[str, OptimSpec]) ->
             )
 
 
-def check_data(data: Data, roles: Roles) -> None:
-    """Every model takes the data and answers with numbers; the labels are classes that the models have."""
+def check_data(data: Data, roles: Roles, logits: tuple[str, ...]) -> None:
+    """Every model takes the data and answers with numbers; the labels are classes of the roles that give logits."""
     batch = first_batch(data.train)
+    if "unlabelled" in data:
+        check_unlabelled(data.unlabelled)
     outputs = {name: answer(roles, name, batch) for name in roles}
     labels = getattr(data.train, "labels", None)
     labels = batch.get("y") if labels is None else labels
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
         return
     for name, output in outputs.items():
-        if output.ndim == 2 and not hasattr(roles[name].module, "encode"):
+        if name in logits and output.ndim == 2 and not hasattr(roles[name].module, "encode"):
             _check_classes(name, output.shape[1], data.classes, labels)
 
 

@@ -117,7 +117,7 @@ class Demo:
         self.students = {
             name: cast(SentenceEncoder, c.how(self.corpus)(self.teacher)[0]) for name, c in CANDIDATES.items()
         }
-        self.plan = self._plan()
+        self.plan = self._read_plan()
         store = self._teach()
         students = {name: self._train(name, candidate, store) for name, candidate in CANDIDATES.items()}
         speeds = throughputs(
@@ -132,25 +132,40 @@ class Demo:
 
     # Planning
 
-    def _plan(self) -> dict[str, Any]:
-        """How many texts and steps fit; written once, so that a resumed job does the same."""
+    def _read_plan(self) -> dict[str, Any]:
+        """How many texts and steps fit, as far as it is known: a resumed job does what was planned when it began."""
         path = self.out / "plan.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        texts = self.corpus.train.texts
-        some = self._source(256, self.teacher)
-        began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as scratch:
-            collect(self.teacher, some, scratch, batch_size=64)
-        rate = 256 / (time.perf_counter() - began)
-        plan: dict[str, Any] = {"texts": min(len(texts), int(TEACHER_SHARE * self.seconds * rate)), "steps": {}}
-        left = self.seconds - (time.perf_counter() - self.began) - plan["texts"] / rate - EXPORT_SECONDS
-        left -= 1.2 * self.judging  # each student is judged three times, and is several times as fast as the teacher
-        for name, candidate in CANDIDATES.items():
-            step = self._seconds_per_step(name, candidate)
-            plan["steps"][name] = max(5, int(max(left, 0.2 * self.seconds) * candidate.share / step))
-        write_text(path, json.dumps(plan, indent=1) + "\n")
-        return plan
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"steps": {}}
+
+    def _write_plan(self) -> None:
+        write_text(self.out / "plan.json", json.dumps(self.plan, indent=1) + "\n")
+
+    def _texts(self) -> int:
+        """How many texts the teacher reads in its share of the time."""
+        if "texts" not in self.plan:
+            some = self._source(256, self.teacher)
+            for _ in range(2):  # the first pays for what is made once
+                began = time.perf_counter()
+                with tempfile.TemporaryDirectory() as scratch:
+                    collect(self.teacher, some, scratch, batch_size=64)
+            rate = 256 / (time.perf_counter() - began)
+            self.plan["texts"] = min(len(self.corpus.train.texts), int(TEACHER_SHARE * self.seconds * rate))
+            self._write_plan()
+        return self.plan["texts"]
+
+    def _steps(self, name: str) -> int:
+        """How many steps fit into a candidate's share of the time that is left."""
+        if name not in self.plan["steps"]:
+            names = list(CANDIDATES)
+            waiting = names[names.index(name) :]
+            left = self.seconds - (time.perf_counter() - self.began) - EXPORT_SECONDS
+            # Each student is judged three times, and is several times as fast as the teacher.
+            left -= 0.6 * self.judging * len(waiting)
+            share = CANDIDATES[name].share / sum(CANDIDATES[n].share for n in waiting)
+            step = self._seconds_per_step(name, CANDIDATES[name])
+            self.plan["steps"][name] = max(5, int(max(left, 0.1 * self.seconds) * share / step))
+            self._write_plan()
+        return self.plan["steps"][name]
 
     def _seconds_per_step(self, name: str, candidate: Candidate) -> float:
         """Timed on a copy, with random targets in the place of the teacher's."""
@@ -159,7 +174,7 @@ class Demo:
         roles = Roles(teacher=Noise(self.teacher.encode(["a"]).shape[1]), student=student)
         engine = Engine(batch_size=candidate.batch_size, evaluate_every=0, precision=precision())
         times = []
-        for steps in (2, 8):
+        for steps in (4, 16):
             began = time.perf_counter()
             execute(
                 candidate.method,
@@ -169,7 +184,7 @@ class Demo:
                 optim={"student": candidate.optim},
             )
             times.append(time.perf_counter() - began)
-        return max((times[1] - times[0]) / 6, 1e-4)
+        return max((times[1] - times[0]) / 12, 1e-4)
 
     # Steps
 
@@ -180,7 +195,7 @@ class Demo:
 
     def _teach(self) -> OutputStore:
         """The teacher's one pass over the training texts."""
-        source = self._source(self.plan["texts"], self.teacher)
+        source = self._source(self._texts(), self.teacher)
         order = source.lengths.argsort(descending=True)
         self.progress.stage("teacher", len(source))
         store = collect(
@@ -194,7 +209,7 @@ class Demo:
         before = self.judges["test"](student)
         began = time.perf_counter()
         source = self._source(self.plan["texts"], student)
-        steps = self.plan["steps"][name]
+        steps = self._steps(name)
         engine = Engine(
             steps=steps, batch_size=candidate.batch_size, precision=precision(), log_every=max(1, steps // 100),
             evaluate_every=0, checkpoint_every=max(1, steps // 4), keep=1,

@@ -23,6 +23,7 @@ from limbeck.core.recipe import Recipe
 from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
 from limbeck.data import Data, TextSource, load_data
+from limbeck.data.combine import Concatenated
 from limbeck.engine.runtime import make_runtime
 from limbeck.engine.settings import Engine
 from limbeck.evaluate.tasks import Evaluator, evaluator
@@ -119,7 +120,9 @@ def gather(
     options = dict(data) if isinstance(data, Mapping) and "spec" in data else {"spec": data}
     sources = load_data(options.pop("spec"), **options)
     classes = sources.num_classes
-    teacher_module = None if teacher is None else teacher_of(teacher, classes)
+    apart = isinstance(teacher, list | tuple) and not recipe.method.averages
+    teachers = [teacher_of(one, classes) for one in teacher] if apart else []
+    teacher_module = None if teacher is None or apart else teacher_of(teacher, classes)
     with torch.random.fork_rng():
         torch.manual_seed(recipe.engine.seed)
         module, origin = student_of(student, teacher_module, classes, partial(_load, recipe.pretrained))
@@ -127,13 +130,21 @@ def gather(
         origin = replace(origin, spec=recipe.teacher)
     sources, taught = tokenised(sources, teacher_module, module)
     return assemble(
-        recipe, teacher_module, module, sources, optim, budget, origin=origin, taught=taught, normalise=named
+        recipe,
+        teachers or teacher_module,
+        module,
+        sources,
+        optim,
+        budget,
+        origin=origin,
+        taught=taught,
+        normalise=named,
     )
 
 
 def assemble(
     recipe: Recipe,
-    teacher: nn.Module | None,
+    teacher: nn.Module | list[nn.Module] | None,
     student: nn.Module,
     data: Data,
     optim: Mapping[str, OptimSpec],
@@ -147,7 +158,7 @@ def assemble(
 
     Args:
         recipe: The recipe.
-        teacher: The teacher, or None.
+        teacher: The teacher; several for a method that keeps them apart, or None.
         student: The student.
         data: The data.
         optim: Optimizers by role.
@@ -164,10 +175,15 @@ def assemble(
     check_out(out)
     alone = engine if engine.processes == 1 else replace(engine, processes=1, shard=())
     device = make_runtime(alone).device
-    modules = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
+    if isinstance(teacher, list):
+        modules = {f"teacher_{i}": one for i, one in enumerate(teacher)}
+    else:
+        modules = {} if teacher is None else {"teacher": teacher}
+    modules["student"] = student
     roles = Roles(**{n: Role(n, m, model_preprocess(m) if normalise else None) for n, m in modules.items()})
     check_roles(method, roles, optim)
-    check_data(data, roles)
+    check_data(data, roles, method.logits)
+    method.check_data(data)
     for _, role in roles.items():
         role.module.to(device)
     with torch.random.fork_rng():  # a look at the models changes nothing
@@ -188,8 +204,13 @@ def assemble(
         out=out,
         budget=budget,
         origin=origin or Origin(),
-        taught=None if taught is None else taught.train,
+        taught=None if taught is None else seen(taught),
     )
+
+
+def seen(data: Data) -> Source:
+    """The samples that a teacher may be asked about while the student learns: those to train on, and the unlabelled ones."""
+    return Concatenated(data.train, data.unlabelled) if "unlabelled" in data else data.train
 
 
 def default_out(recipe: Recipe) -> Path:

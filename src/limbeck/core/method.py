@@ -36,6 +36,8 @@ class Method:
 
     trains: ClassVar[tuple[str, ...]] = ("student",)
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    logits: ClassVar[tuple[str, ...]] = ("teacher", "student")  # roles whose outputs are over the classes of the data
+    averages: ClassVar[bool] = True  # several teachers are one ensemble; False keeps them apart, see `Roles.teachers`
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """The program; by default one training stage on `data.train`."""
@@ -47,6 +49,9 @@ class Method:
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Raise a `UsageError` for models and data that this method cannot work with; runs before the first step."""
+
+    def check_data(self, data: Any) -> None:
+        """Raise a `UsageError` for splits that are missing or do not fit together; runs before the first step."""
 
     def select(self, m: Roles, epoch: int) -> Tensor | None:
         """The sample ids to train on in this epoch `[N]`; None for all of them."""

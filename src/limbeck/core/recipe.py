@@ -257,8 +257,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise UsageError("the value of an override is not YAML", where=path, found=_yaml_problem(error)) from None
     for name in names[:-1]:
         below = tree.setdefault(name, {})
-        if name == "method" and isinstance(below, str):
-            below = tree[name] = {"name": below}
+        if name in ("method", "data") and isinstance(below, str):
+            below = tree[name] = {"name" if name == "method" else "spec": below}
         if not isinstance(below, dict):
             raise UsageError("an override goes into something that has no fields", where=path, found=below)
         tree = below

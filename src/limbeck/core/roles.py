@@ -220,6 +220,11 @@ class Roles:
         return record
 
     @property
+    def teachers(self) -> dict[str, Role]:
+        """The role `teacher`, or `teacher_0`, `teacher_1`, ... of methods that keep several apart."""
+        return {name: role for name, role in self._roles.items() if name.partition("_")[0] == "teacher"}
+
+    @property
     def progress(self) -> float:
         """The share of this stage that is done, in [0, 1]."""
         return self.step / self.total if self.total else 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,14 @@ def load_data(spec: Any, *, tokenizer: Callable[..., Any] | None = None, **optio
         (['train', 'validation', 'test'], 3)
     """
     o = DataOptions.of(options)
+    data = _load(spec, o, tokenizer)
+    if o.unlabelled is None:
+        return data
+    alone = replace(o, unlabelled=None, validation=0.0, test=0.0, label=None, classes=None)
+    return Data(**dict(data.items()), unlabelled=_load(o.unlabelled, alone, tokenizer).train)
+
+
+def _load(spec: Any, o: DataOptions, tokenizer: Tokenizer) -> Data:
     if not isinstance(spec, str | Path):
         return _from_value(spec, o, tokenizer)
     text = str(spec)

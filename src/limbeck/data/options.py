@@ -27,6 +27,7 @@ class DataOptions:
         max_length: Tokens of a text that are kept; None keeps what the tokenizer allows.
         validation: Share of the training samples that becomes the validation split where there is none, in [0, 1).
         test: Share that becomes the test split where there is one split only, in [0, 1).
+        unlabelled: Further samples without labels, named like `spec`: they become the split `unlabelled`.
         seed: Seed of the division, the augmentation, and data that are drawn.
     """
 
@@ -42,6 +43,7 @@ class DataOptions:
     max_length: int | None = None
     validation: float = 0.1
     test: float = 0.1
+    unlabelled: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

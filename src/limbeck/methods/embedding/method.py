@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -33,6 +34,8 @@ class Embedding(Method):
         >>> [update.role for update in Embedding().step(m, Batch(x=torch.eye(4)))]
         ['student']
     """
+
+    logits: ClassVar[tuple[str, ...]] = ()
 
     cosine_weight: float = 1.0
     similarity_weight: float = 1.0
