@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck.convert.record import MANIFEST, load_student
 from limbeck.core import registry
 from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
@@ -23,8 +22,7 @@ from limbeck.engine.settings import Engine
 from limbeck.evidence import Evidence
 from limbeck.export.onnx import OnnxReport, to_onnx
 from limbeck.job import Job, Origin, claim, describe, gather, leads, seen
-from limbeck.models.folder import save_folder
-from limbeck.models.load import load_model
+from limbeck.models.folder import load_folder, save_folder
 from limbeck.report.run import read_run, write_report
 from limbeck.teachers import Cached, collect
 from limbeck.timing import seconds_of, steps_within
@@ -169,10 +167,9 @@ def load(path: str | os.PathLike[str], module: nn.Module | None = None, trust: b
     Raises:
         UsageError: There is no student in the folder, or it is damaged, another one, or asks for trust.
     """
-    folder = Path(path) / "student" if (Path(path) / "student").is_dir() else Path(path)
-    if module is not None or (trust and (folder / MANIFEST).is_file()):
-        return load_student(folder, module, trust)
-    return load_model(folder)
+    if not Path(path).is_dir():
+        raise UsageError("there is no such folder", where=path, expected="that of a run, or of a student")
+    return load_folder(Path(path), module, trust)
 
 
 def export(

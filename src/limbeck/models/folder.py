@@ -48,26 +48,31 @@ def save_folder(
         save_student(path, module, records, spec, num_classes=num_classes)
 
 
-def load_folder(path: Path) -> nn.Module:
+def load_folder(path: Path, module: nn.Module | None = None, trust: bool = False) -> nn.Module:
     """The model in a folder of `save_folder`, sentence-transformers, transformers or timm, or the student of a run.
 
+    Args:
+        path: The folder.
+        module: As for `load_student`: the model before its conversions, where that is of one's own.
+        trust: As for `load_student`: whether Python code that the folder names may be run.
+
     Raises:
-        UsageError: It holds no model, or weights that do not fit.
+        UsageError: It holds no model, weights that do not fit, or asks for trust.
     """
     from limbeck.models.load import load_model
 
+    if (path / "student").is_dir():
+        return load_folder(path / "student", module, trust)
+    if module is not None or (path / MANIFEST).is_file():
+        return load_student(path, module, trust)
     if (path / "modules.json").is_file():
         return load_model(f"st:{path}")
-    if (path / MANIFEST).is_file():
-        return load_student(path)
     if (path / "config.json").is_file():
         try:
             config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         except ValueError as error:
             raise UsageError("this file is damaged", where=path / "config.json", found=error, expected="JSON") from None
         return load_model(f"timm:local-dir:{path}" if isinstance(config.get("architecture"), str) else f"hf:{path}")
-    if (path / "student").is_dir():
-        return load_folder(path / "student")
     found = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder"
     expected = f"{MANIFEST}, or the config.json or modules.json of transformers, timm or sentence-transformers"
     raise UsageError("there is no model in this folder", where=path, found=found, expected=expected)
