@@ -80,9 +80,11 @@ def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
         "@dataclass(frozen=True)\nclass Own(Method):\n    weight: float = 1.0\n"
     )
     (folder / "teacher").mkdir()
+    (folder / "w").mkdir()
+    (folder / "w" / "teacher.pt").touch()
     recipe = {
         "teacher": ["st:teacher", "hf:org/name", "own.py:build@w/teacher.pt"],
-        "student": "timm:resnet18",
+        "student": "timm:resnet18@here.pt",
         "data": {"spec": "images", "image_size": 32},
         "method": "own.py:Own",
         "cache": "cache",
@@ -92,7 +94,7 @@ def test_paths_are_relative_to_the_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = Recipe.load("recipes/r.yaml", ["out=here"])
     assert found.teacher == ["st:recipes/teacher", "hf:org/name", "recipes/own.py:build@recipes/w/teacher.pt"]
-    assert found.student == "timm:resnet18"
+    assert found.student == "timm:resnet18@here.pt"  # not beside the recipe, so where the command is given
     assert found.data == {"spec": "recipes/images", "image_size": 32}
     assert found.cache == "recipes/cache"
     assert found.out == "here"

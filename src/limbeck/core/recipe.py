@@ -271,7 +271,7 @@ def _resolve(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     def path(spec: str) -> str:
         base, at, weights = spec.rpartition("@")
         if at and weights.endswith((".safetensors", ".pt", ".pth")):
-            return f"{path(base)}@{folder / weights}"
+            return f"{path(base)}@{folder / weights if (folder / weights).exists() else weights}"
         scheme, colon, rest = spec.partition(":")
         if colon and re.fullmatch(r"[a-z]+", scheme):
             return f"{scheme}:{folder / rest}" if (folder / rest).exists() else spec
