@@ -133,14 +133,31 @@ def prove(method: str, seeds: int = 5, out: str | Path | None = None) -> dict[st
         UsageError: There is no such method, it has no proof, or there are too few seeds.
         RunError: The arms had different budgets, or an arm's result is not finite.
     """
-    if seeds < 2:
-        raise UsageError("a proof needs a spread", where="seeds", found=seeds, expected="2 or more")
     proof = load_proof(method)
     folder = Path(out or Path("runs") / f"proof-{method.rpartition(':')[2].lower()}")
+    return run_proof(proof, method, seeds, folder, Path(method.rpartition(":")[0]).parent if ":" in method else None)
+
+
+def run_proof(proof: Proof, name: str, seeds: int, folder: Path, code: Path | None = None) -> dict[str, Any]:
+    """As `prove`, for a proof that belongs to no method.
+
+    Args:
+        proof: The proof.
+        name: What it is called.
+        seeds: Number of seeds, at least 2.
+        folder: Folder for the results.
+        code: Folder of Python files that trials depend on beside Limbeck; when they change, trials are done again.
+
+    Raises:
+        UsageError: There are too few seeds.
+        RunError: The arms had different budgets, or an arm's result is not finite.
+    """
+    if seeds < 2:
+        raise UsageError("a proof needs a spread", where="seeds", found=seeds, expected="2 or more")
     folder.mkdir(parents=True, exist_ok=True)
-    trials = _Trials(folder / "trials.jsonl", _fingerprint(method))
-    _run(proof, range(seeds), trials, method)
-    result = {"method": method, **_judge(proof, list(range(seeds)), trials), **_lineage()}
+    trials = _Trials(folder / "trials.jsonl", _fingerprint(name, code))
+    _run(proof, range(seeds), trials, name)
+    result = {"method": name, **_judge(proof, list(range(seeds)), trials), **_lineage()}
     write_text(folder / "proof.json", _json(result))
     from limbeck.report.figures import proof_svg
 
@@ -334,11 +351,10 @@ def _compare(proof: Proof, c: Comparison, tests: Mapping[str, Sequence[float]]) 
     return {**asdict(c), **asdict(difference), "holds": holds}
 
 
-def _fingerprint(method: str) -> str:
-    """A hash of the code that trials depend on: the package, the method's folder and torch."""
-    package = Path(limbeck.__file__).parent
-    folders = [package, *([Path(method.rpartition(":")[0]).parent] if ":" in method else [])]
-    digest = hashlib.sha256(f"{method} {torch.__version__}".encode())
+def _fingerprint(name: str, code: Path | None) -> str:
+    """A hash of the code that trials depend on: the package, the folder of other code and torch."""
+    folders = [Path(limbeck.__file__).parent, *([] if code is None else [code])]
+    digest = hashlib.sha256(f"{name} {torch.__version__}".encode())
     for path in (p for folder in folders for p in sorted(folder.rglob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
