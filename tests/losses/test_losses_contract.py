@@ -89,6 +89,7 @@ CASES = {
     "embedding_mse": Case(losses.embedding_mse, VECTORS),
     "similarity_kl": Case(losses.similarity_kl, UNEQUAL_VECTORS, {"temperature": 0.2}),
     "info_nce": Case(losses.info_nce, VECTORS, {"temperature": 0.3}, zero=False),
+    "nt_xent": Case(losses.nt_xent, VECTORS, {"temperature": 0.3}, zero=False),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -204,7 +205,7 @@ def test_names_of_classes_do_not_matter(case: Case):
 
 
 @chosen("attention", "similarity_preserving", "pkt", "rkd_distance", "rkd_angle", "crd", "cosine_distance",
-        "similarity_kl", "info_nce")  # fmt: skip
+        "similarity_kl", "info_nce", "nt_xent")  # fmt: skip
 def test_scale_of_features_does_not_matter(case: Case):
     student, teacher, *rest = case.inputs
     torch.testing.assert_close(case(4 * student, 0.3 * teacher, *rest), case())
@@ -222,7 +223,7 @@ def test_translation_does_not_matter(case: Case):
 
 
 @chosen("attention", "similarity_preserving", "pkt", "rkd_distance", "rkd_angle", "crd", "cosine_distance",
-        "similarity_kl", "info_nce")  # fmt: skip
+        "similarity_kl", "info_nce", "nt_xent")  # fmt: skip
 @pytest.mark.parametrize("collapsed", [0.0, 1.0])
 def test_collapsed_student_has_finite_gradients(case: Case, collapsed: float):
     inputs = cast(case, torch.float32)

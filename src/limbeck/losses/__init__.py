@@ -5,6 +5,7 @@ fp32 or wider, whatever autocast and the inputs say. Where a paper and its offic
 names both, and the default is "code", which the published numbers and loss weights belong to.
 """
 
+from limbeck.losses.contrastive import nt_xent
 from limbeck.losses.embeddings import cosine_distance, embedding_mse, info_nce, similarity_kl
 from limbeck.losses.features import attention_transfer, hcl, hint, similarity_preserving, simkd
 from limbeck.losses.information import vid
@@ -26,6 +27,7 @@ __all__ = [
     "kl",
     "list_mle",
     "logit_mse",
+    "nt_xent",
     "p_list_mle",
     "pkt",
     "plackett_luce",
