@@ -56,7 +56,7 @@ def check_roles(method: Method, roles: Roles, optim: Mapping[str, OptimSpec]) ->
                 expected="a model",
                 fix=f"give one: {name}: timm:resnet18, or --{name} timm:resnet18",
             )
-    known = dict.fromkeys((*method.trains, *roles))
+    known = dict.fromkeys((*method.trains, *method.makes, *roles))
     for name in optim:
         if name not in known:
             raise UsageError(

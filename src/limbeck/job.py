@@ -191,7 +191,8 @@ def assemble(
     judges = {}
     for name in ("validation", "test"):
         if name in data:
-            judges[name] = evaluator(data[name], student, engine.batch_size, None if taught is None else taught[name])
+            other = None if taught is None else taught[name]
+            judges[name] = evaluator(data[name], student, engine.batch_size, other, "teacher" in method.logits)
     return Job(
         method,
         roles,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from toys import Alternating, Choosing, Staged, tower
 
 from limbeck import Collect, Convert, Engine, Method, Optim, Roles, Search, Train
@@ -26,21 +27,6 @@ ENGINE = Engine(steps=16, batch_size=16, device="cpu", checkpoint_every=3, log_e
 SGD = Optim("sgd", lr=0.1, momentum=0.9)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A method in its tiny world.
-
-    Args:
-        method: Makes the method.
-        roles: Makes the roles, always with the same weights.
-        exceptions: Why a check does not apply, by the check's name.
-    """
-
-    method: Callable[[], Method]
-    roles: Callable[[], Roles]
-    exceptions: Mapping[str, str] = field(default_factory=dict)
-
-
 def data() -> Data:
     """72 labelled points of 5 classes: an epoch is four batches of 16 and one of 8."""
     rng = torch.Generator().manual_seed(7)
@@ -49,10 +35,54 @@ def data() -> Data:
     return Data(train=TensorSource(x, y))
 
 
+@dataclass(frozen=True)
+class Case:
+    """A method in its tiny world.
+
+    Args:
+        method: Makes the method.
+        roles: Makes the roles, always with the same weights.
+        exceptions: Why a check does not apply, by the check's name.
+        data: Makes the data.
+    """
+
+    method: Callable[[], Method]
+    roles: Callable[[], Roles]
+    exceptions: Mapping[str, str] = field(default_factory=dict)
+    data: Callable[[], Data] = data
+
+
 def classifiers() -> Roles:
     """A wide network and a narrow one with as many outputs; as good as embeddings as it is as logits."""
     wide, narrow = seeded(0, lambda: mlp(INPUTS, 32, CLASSES)), seeded(1, lambda: mlp(INPUTS, 8, CLASSES))
     return Roles(teacher=wide, student=narrow)
+
+
+def images() -> Data:
+    """48 unlabelled images of 8 x 8 pixels with a bright spot in one of four places, and as many labelled ones."""
+
+    def draw(seed: int) -> torch.Tensor:
+        x, k = torch.rand(48, 1, 8, 8, generator=torch.Generator().manual_seed(seed)), torch.arange(48) % 4
+        x[torch.arange(48), :, 3 * (k // 2) + 2, 3 * (k % 2) + 2] += 3.0
+        return x
+
+    return Data(train=TensorSource(draw(0), torch.arange(48) % 4), unlabelled=TensorSource(draw(1)))
+
+
+def convolutions() -> Roles:
+    """A wide and a narrow network for those images."""
+
+    def network(width: int) -> nn.Module:
+        body = [nn.Conv2d(1, width, 3, 2, 1), nn.ReLU()]
+        return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4))
+
+    return Roles(teacher=seeded(5, lambda: network(8)), student=seeded(6, lambda: network(4)))
+
+
+def pooled() -> Data:
+    """20 of those points with labels, the others without."""
+    whole = data().train
+    return Data(train=whole.subset(range(20)), unlabelled=TensorSource(whole.x[20:]))
 
 
 def players() -> Roles:
@@ -72,7 +102,17 @@ CHAIN = "its stages need the engine"
 
 # Where a registered method lives, if not among classifiers.
 WORLDS: Mapping[str, Mapping[str, Any]] = {
-    "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}}
+    "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}},
+    "kd3": {
+        "roles": convolutions,
+        "data": images,
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "micro_batches": BATCH_WIDE, "processes": BATCH_WIDE},
+    },
+    "wad": {
+        "method": lambda: registry.find("wad")(promotions=2),
+        "data": pooled,
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "each round goes on where the one before ended"},
+    },
 }
 METHODS = {
     name: Case(**{"method": lambda name=name: registry.find(name)(), "roles": classifiers, **WORLDS.get(name, {})})
@@ -88,7 +128,7 @@ CASES = METHODS | TOYS
 
 def run(case: Case, out: Path | None = None, **engine: Any) -> Result:
     optim = dict.fromkeys(("student", "critic", "generator"), SGD)
-    return execute(case.method(), case.roles(), data(), replace(ENGINE, **engine), optim=optim, out=out)
+    return execute(case.method(), case.roles(), case.data(), replace(ENGINE, **engine), optim=optim, out=out)
 
 
 def bits(m: Roles) -> dict[str, torch.Tensor]:

@@ -103,7 +103,7 @@ def test_a_method_holds_no_state(name):
     case = CASES[name]
     method = case.method()
     before = dict(vars(method))
-    execute(method, case.roles(), data(), Engine(steps=2, batch_size=16, device="cpu"))
+    execute(method, case.roles(), case.data(), Engine(steps=2, batch_size=16, device="cpu"))
     assert vars(method) == before == vars(case.method())
 
 
@@ -209,7 +209,7 @@ def test_the_student_is_saved_and_loaded(name, tmp_path):
     student, lineage = student_of(name)
     save_student(tmp_path, student, lineage["records"])
     loaded = load_student(tmp_path, CASES[name].roles()[lineage["base"]].module, trust=True)
-    x = data().train.batch(torch.arange(8), 0).x
+    x = CASES[name].data().train.batch(torch.arange(8), 0).x
     assert torch.equal(loaded(x), student(x))
 
 

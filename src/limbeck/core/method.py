@@ -36,6 +36,7 @@ class Method:
 
     trains: ClassVar[tuple[str, ...]] = ("student",)
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    makes: ClassVar[tuple[str, ...]] = ()  # roles that the program makes itself and that may be given an optimizer
     logits: ClassVar[tuple[str, ...]] = ("teacher", "student")  # roles whose outputs are over the classes of the data
     averages: ClassVar[bool] = True  # several teachers are one ensemble; False keeps them apart, see `Roles.teachers`
 

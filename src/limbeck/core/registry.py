@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 METHODS: Mapping[str, str] = {
     "embedding": "limbeck.methods.embedding.method:Embedding",
     "kd": "limbeck.methods.kd.method:KD",
+    "kd3": "limbeck.methods.kd3.method:KD3",
     "pld": "limbeck.methods.pld.method:PLD",
 }
 

@@ -130,7 +130,8 @@ class Training:
 
     def _exhausted(self) -> bool:
         """Whether the epochs asked for are done, although selection made them shorter than planned."""
-        return self.feed.select is not None and self.stage.steps is None and self.at.epoch >= self._epochs()
+        by_steps = self.stage.steps or (self.stage.epochs is None and self.engine.steps)
+        return self.feed.select is not None and not by_steps and self.at.epoch >= self._epochs()
 
     def _epochs(self) -> float:
         return self.engine.epochs if self.stage.epochs is None else self.stage.epochs

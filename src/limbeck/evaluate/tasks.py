@@ -47,6 +47,7 @@ class Classification:
         source: Held-out samples.
         batch_size: Samples of one call.
         taught: The same samples as the teacher reads them, where that differs.
+        compare: Whether there is a teacher of the same classes to compare with.
 
     Example:
         >>> from limbeck.data import TensorSource
@@ -59,8 +60,10 @@ class Classification:
 
     task = "classification"
 
-    def __init__(self, source: Source, batch_size: int = 256, taught: Source | None = None) -> None:
-        self.source, self.batch_size, self.taught = source, batch_size, taught or source
+    def __init__(
+        self, source: Source, batch_size: int = 256, taught: Source | None = None, compare: bool = True
+    ) -> None:
+        self.source, self.batch_size, self.taught, self.compare = source, batch_size, taught or source, compare
         self._teacher: tuple[Tensor, Tensor | None] | None = None
         labelled = source.batch(torch.zeros(1, dtype=torch.int64), 0).get("y") is not None
         self.primary = "top1" if labelled else "agreement"
@@ -71,7 +74,9 @@ class Classification:
 
     def judge(self, m: Roles, role: str) -> dict[str, float]:
         """The numbers of any role."""
-        if self._teacher is None and "teacher" in m:
+        if role == "teacher" and not self.compare:
+            return {}
+        if self._teacher is None and self.compare and "teacher" in m:
             self._teacher = predict(m.teacher, self.taught, self.batch_size)
         if role == "teacher" and self._teacher is not None:
             return _numbers(*self._teacher)
@@ -80,7 +85,7 @@ class Classification:
 
 
 def evaluator(
-    source: Source, student: nn.Module, batch_size: int = 256, taught: Source | None = None
+    source: Source, student: nn.Module, batch_size: int = 256, taught: Source | None = None, compare: bool = True
 ) -> Evaluator | None:
     """The evaluator that fits: retrieval or similarity for sentence encoders, else classification.
 
@@ -89,13 +94,14 @@ def evaluator(
         student: The model that is judged.
         batch_size: Samples of one call.
         taught: The same samples as the teacher reads them, where that differs.
+        compare: Whether the teacher's outputs are over the same classes.
 
     Returns:
         None where there is nothing to judge by: texts that are too few.
     """
     texts = getattr(source, "texts", None)
     if texts is None or not hasattr(student, "encode"):
-        return Classification(source, batch_size, taught)
+        return Classification(source, batch_size, taught, compare)
     from limbeck.evaluate.retrieval import Retrieval, Similarity
 
     some = texts[:: -(-len(texts) // _TEXTS)]
