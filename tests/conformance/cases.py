@@ -108,11 +108,6 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "data": images,
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "micro_batches": BATCH_WIDE, "processes": BATCH_WIDE},
     },
-    "wad": {
-        "method": lambda: registry.find("wad")(promotions=2),
-        "data": pooled,
-        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "each round goes on where the one before ended"},
-    },
 }
 METHODS = {
     name: Case(**{"method": lambda name=name: registry.find(name)(), "roles": classifiers, **WORLDS.get(name, {})})
