@@ -79,12 +79,6 @@ def convolutions() -> Roles:
     return Roles(teacher=seeded(5, lambda: network(8)), student=seeded(6, lambda: network(4)))
 
 
-def pooled() -> Data:
-    """20 of those points with labels, the others without."""
-    whole = data().train
-    return Data(train=whole.subset(range(20)), unlabelled=TensorSource(whole.x[20:]))
-
-
 def players() -> Roles:
     return Roles(
         critic=seeded(2, lambda: mlp(INPUTS, 8, 1)), generator=seeded(3, lambda: mlp(Alternating.noise, 8, INPUTS))
