@@ -2,26 +2,23 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role
-from limbeck.nn.heads import find_head
-from limbeck.nn.subspace import ClassMoments
+from limbeck.nn.heads import find_head, head_of
 from limbeck.teachers.cached import Cached
 from limbeck.teachers.store import OUTPUT
 
 
-def with_embedding(role: Role, batch: Batch) -> tuple[Tensor, Tensor]:
-    """A classifier's logits and its embedding, which is what its last linear layer reads.
+def with_embedding(role: Role, x: Any) -> tuple[Tensor, Tensor]:
+    """A classifier's logits and its embedding, which is what its last linear layer reads, in one forward pass.
 
     For stored outputs (`Cached`) it is the one layer that was stored beside them.
 
     Args:
         role: The classifier.
-        batch: A batch of B samples.
+        x: A batch of B samples, or a model input.
 
     Returns:
         Logits `[B, C]` and embedding `[B, D]`.
@@ -30,7 +27,9 @@ def with_embedding(role: Role, batch: Batch) -> tuple[Tensor, Tensor]:
         UsageError: The last linear layer does not read one vector per sample and give the logits, or no layer is stored.
 
     Example:
+        >>> import torch
         >>> from torch import nn
+        >>> from limbeck import Batch
         >>> role = Role("teacher", nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
         >>> logits, embedding = with_embedding(role, Batch(x=torch.ones(2, 4)))
         >>> torch.equal(role.module[2](embedding), logits), embedding.shape
@@ -38,21 +37,20 @@ def with_embedding(role: Role, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     if isinstance(role.module, Cached):
         path = _stored(role.module)
-        logits, taps = role.features(batch, path)
+        logits, taps = role.features(x, path)
         return logits, taps[path]
-    path = find_head(role.module)
     kept: list[Any] = []
-    head = role.module.get_submodule(path)
+    head = head_of(role.module)
     hook = head.register_forward_hook(lambda _module, args, output: kept.append((*args, output)))
     try:
-        logits, _ = role.features(batch)
+        logits, _ = role.features(x)
     finally:
         hook.remove()
     if len(kept) != 1 or kept[0][0].ndim != 2 or kept[0][-1].shape != logits.shape:
         seen = ", ".join(f"{list(call[0].shape)} -> {list(call[-1].shape)}" for call in kept) or "it was not called"
         raise UsageError(
             "the last linear layer is not the classifier's head",
-            where=f"{role.name}.{path}",
+            where=f"{role.name}.{find_head(role.module)}",
             found=f"{seen}; the model gives {list(logits.shape)}",
             expected="[B, D] -> [B, C], the model's logits",
             fix="define the head last, or wrap the model: its features, then a linear layer",
@@ -71,25 +69,8 @@ def embedding_size(role: Role) -> tuple[int, int]:
     if isinstance(role.module, Cached):
         layers = role.module.store.header.layers
         return layers[_stored(role.module)].shape[-1], layers[OUTPUT].shape[-1]
-    head: Any = role.module.get_submodule(find_head(role.module))
+    head = head_of(role.module)
     return head.in_features, head.out_features
-
-
-def readout(role: Role, joint: ClassMoments) -> Tensor:
-    """The weights `[C, D]` that make logits of embeddings; of stored outputs, those of the regression of one on the other.
-
-    Args:
-        role: The classifier.
-        joint: Moments of embedding and logits side by side `[D + C]`, as one class; not looked at where the weights are there.
-    """
-    if not isinstance(role.module, Cached):
-        head: Any = role.module.get_submodule(find_head(role.module))
-        return head.weight.detach()
-    size, _ = embedding_size(role)
-    covariance = joint.covariances[0]
-    # Below a millionth of the largest variance lies the rounding of stored numbers.
-    inverse = torch.linalg.pinv(covariance[:size, :size], rtol=1e-6, hermitian=True)
-    return (inverse @ covariance[:size, size:]).mT
 
 
 def _stored(teacher: Cached) -> str:

@@ -24,3 +24,15 @@ def find_head(module: nn.Module) -> str:
             fix="wrap the model: its features, then a linear layer",
         )
     return paths[-1]
+
+
+def head_of(module: nn.Module) -> nn.Linear:
+    """A classifier's last linear layer.
+
+    Example:
+        >>> head_of(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))).out_features
+        3
+    """
+    head = module.get_submodule(find_head(module))
+    assert isinstance(head, nn.Linear)
+    return head
