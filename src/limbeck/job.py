@@ -120,9 +120,8 @@ def gather(
     options = dict(data) if isinstance(data, Mapping) and "spec" in data else {"spec": data}
     sources = load_data(options.pop("spec"), **options)
     classes = sources.num_classes
-    apart = isinstance(teacher, list | tuple) and not recipe.method.averages
-    teachers = [teacher_of(one, classes) for one in teacher] if apart else []
-    teacher_module = None if teacher is None or apart else teacher_of(teacher, classes)
+    teachers = teachers_of(teacher, recipe.method, classes)
+    teacher_module = teachers.get("teacher")
     with torch.random.fork_rng():
         torch.manual_seed(recipe.engine.seed)
         module, origin = student_of(student, teacher_module, classes, partial(_load, recipe.pretrained))
@@ -131,7 +130,7 @@ def gather(
     sources, taught = tokenised(sources, teacher_module, module)
     return assemble(
         recipe,
-        teachers or teacher_module,
+        teachers,
         module,
         sources,
         optim,
@@ -144,7 +143,7 @@ def gather(
 
 def assemble(
     recipe: Recipe,
-    teacher: nn.Module | list[nn.Module] | None,
+    teachers: Mapping[str, nn.Module],
     student: nn.Module,
     data: Data,
     optim: Mapping[str, OptimSpec],
@@ -158,7 +157,7 @@ def assemble(
 
     Args:
         recipe: The recipe.
-        teacher: The teacher; several for a method that keeps them apart, or None.
+        teachers: The teacher by its role, as `teachers_of` gives it.
         student: The student.
         data: The data.
         optim: Optimizers by role.
@@ -175,11 +174,7 @@ def assemble(
     check_out(out)
     alone = engine if engine.processes == 1 else replace(engine, processes=1, shard=())
     device = make_runtime(alone).device
-    if isinstance(teacher, list):
-        modules = {f"teacher_{i}": one for i, one in enumerate(teacher)}
-    else:
-        modules = {} if teacher is None else {"teacher": teacher}
-    modules["student"] = student
+    modules = {**teachers, "student": student}
     roles = Roles(**{n: Role(n, m, model_preprocess(m) if normalise else None) for n, m in modules.items()})
     check_roles(method, roles, optim)
     check_data(data, roles, method.logits)
@@ -270,6 +265,22 @@ def describe(value: Any) -> Any:
     if isinstance(value, Mapping) and "spec" in value:
         return {**value, "spec": describe(value["spec"])}
     return f"a {type(value).__module__}.{type(value).__qualname__}"
+
+
+def teachers_of(
+    teacher: Any, method: Method, classes: int | None, load: Callable[..., nn.Module] = load_model
+) -> dict[str, nn.Module]:
+    """The teachers by role: `teacher`, or `teacher_0`, `teacher_1`, ... for a method that keeps several apart; none for None.
+
+    Args:
+        teacher: A module, a spec, a list of either, or None.
+        method: The method.
+        classes: Classes of the data.
+        load: Called as `load_model` is.
+    """
+    if isinstance(teacher, list | tuple) and not method.averages:
+        return {f"teacher_{i}": teacher_of(one, classes, load) for i, one in enumerate(teacher)}
+    return {} if teacher is None else {"teacher": teacher_of(teacher, classes, load)}
 
 
 def teacher_of(teacher: Any, classes: int | None, load: Callable[..., nn.Module] = load_model) -> nn.Module:

@@ -25,6 +25,7 @@ from limbeck.core.roles import Role, Roles
 from limbeck.core.stages import Collect, Convert, Search, Train
 from limbeck.core.update import Update
 from limbeck.data import TensorSource
+from limbeck.data.combine import Paired, together
 from limbeck.engine.run import execute
 from limbeck.engine.settings import Engine
 from limbeck.methods.kd.method import KD
@@ -209,6 +210,33 @@ def test_what_depends_on_a_collection_is_left_out_and_said() -> None:
     assert plan.stages == ()
     assert any("'mine' needs its result" in note for note in plan.notes)
     assert plan.render()
+
+
+def test_a_plan_goes_on_with_the_example_of_a_collection() -> None:
+    class Mined(Method):
+        def stages(self, m: Roles, data: Any) -> Any:
+            mined = yield Collect(
+                "mine", lambda m, folder: pytest.fail("a plan collects nothing"), example={"ids": [1]}
+            )
+            yield Train(Mimic().step, {"student": None}, ["teacher"], data.train, steps=len(mined.value["ids"]))
+
+    assert [stage.steps for stage in plan_job(bench(Mined())).stages] == [1]
+
+
+def test_parts_that_a_conversion_makes_are_copied_and_moved() -> None:
+    class Longer(Method):
+        def stages(self, m: Roles, data: Any) -> Any:
+            for _ in range(2):
+                yield Convert("student", self.longer)
+            yield Train(Mimic().step, {"student": None}, ["teacher"], data.train, steps=3)
+
+        def longer(self, module: nn.Module) -> Any:
+            more = nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10)).to(torch.float32)
+            return nn.Sequential(copy.deepcopy(module), more), {"kind": "x"}
+
+    job = bench(Longer())
+    before = sum(p.numel() for p in job.roles.student.parameters())
+    assert plan_job(job).stages[0].roles[1].parameters == before + 2 * 130
 
 
 def test_alternating_roles_and_an_average_are_counted() -> None:
@@ -412,6 +440,34 @@ def test_an_ensemble_is_planned() -> None:
     assert many.roles[0].flops > one.roles[0].flops
 
 
+@dataclass(frozen=True)
+class Several(Method):
+    """Teachers with classes of their own, and unlabelled data."""
+
+    averages = False
+    logits = ("student",)
+
+    def stages(self, m: Roles, data: Any) -> Any:
+        yield Train(self.step, {"student": None}, list(m.teachers), Paired(data.train, data.unlabelled))
+
+    def step(self, m: Roles, batch: Any) -> Any:
+        assert batch.unlabelled["x"].shape == batch.x.shape
+        answers = [role(batch).mean() for role in m.teachers.values()]
+        return sum(answers) * m.student(together(batch)[0]).square().mean()
+
+
+def test_several_teachers_and_unlabelled_data_are_planned() -> None:
+    pytest.importorskip("timm")
+    data = {"spec": "no/such/folder", "unlabelled": "no/such/other", "image_size": 64}
+    several = {"teacher": ["timm:resnet10t", "timm:test_resnet"], "data": data, "method": f"{__file__}:Several"}
+    (stage,) = plan_recipe(recipe(several), samples=1000).stages
+    assert [role.name for role in stage.roles] == ["teacher_0", "teacher_1", "student"]
+    assert (stage.steps, stage.roles[-1].output) == (1250, "float32[16, 1000]")
+    assert plan_recipe(recipe(several)).stages[0].steps is None
+    with pytest.raises(UsageError, match=r"data\.unlabelled"):
+        plan_recipe(recipe(several | {"data": {"spec": "no/such/folder", "image_size": 64}}))
+
+
 @pytest.mark.parametrize("file", sorted({*RECIPES.glob("*.yaml")} - {LARGE}), ids=lambda p: p.stem)
 def test_every_recipe_plans(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm")
@@ -424,7 +480,8 @@ def test_every_recipe_plans(file: Path, tmp_path: Path) -> None:
     assert plan.fits
     assert plan.hours is not None
     assert plan.hours > 0
-    assert all(role.flops > 0 for stage in plan.stages for role in stage.roles)
+    used = [role for stage in plan.stages for role in stage.roles if role.learns or role.name.startswith("teacher")]
+    assert all(role.flops > 0 for role in used)
 
 
 _BUDGET = """

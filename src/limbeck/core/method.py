@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from limbeck.core.batch import Batch
-from limbeck.core.roles import Roles
+from limbeck.core.roles import Role, Roles
 from limbeck.core.stages import Stage, Step, Train
 from limbeck.core.update import Update
 
@@ -53,6 +53,10 @@ class Method:
 
     def check_data(self, data: Any) -> None:
         """Raise a `UsageError` for splits that are missing or do not fit together; runs before the first step."""
+
+    def stores(self, role: Role, batch: Batch) -> Sequence[str]:
+        """The layers of a teacher whose outputs are kept beside its logits where stored outputs stand in for it."""
+        return ()
 
     def select(self, m: Roles, epoch: int) -> Tensor | None:
         """The sample ids to train on in this epoch `[N]`; None for all of them."""

@@ -58,12 +58,14 @@ class Collect:
         name: Shown in the history; the artefact's folder.
         make: Called with the roles (frozen, no gradient) and an empty folder to write to; returns plain data (numbers,
             strings, lists, dictionaries, tensors). Killed half-way, it is called again with the folder as it was left.
+        example: What `make` returns, in form: a plan, which collects nothing, goes on with it.
 
     Yields to the program: an `Artefact`, the folder and what `make` returned.
     """
 
     name: str
     make: Callable[[Roles, Any], Any]
+    example: Any = None
 
 
 class Conversion(Protocol):

@@ -1,12 +1,17 @@
 """A classifier's embedding: what its last linear layer reads."""
 
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role
+from limbeck.core.source import Source
+from limbeck.evaluate.cost import evaluating
 from limbeck.nn.heads import find_head, head_of
+from limbeck.nn.subspace import ClassMoments
 from limbeck.teachers.cached import Cached
 from limbeck.teachers.store import OUTPUT
 
@@ -71,6 +76,77 @@ def embedding_size(role: Role) -> tuple[int, int]:
         return layers[_stored(role.module)].shape[-1], layers[OUTPUT].shape[-1]
     head = head_of(role.module)
     return head.in_features, head.out_features
+
+
+def embedding_layer(role: Role, x: Any) -> str:
+    """The dotted path of the layer whose output is a classifier's embedding, for outputs that are stored.
+
+    Args:
+        role: The classifier.
+        x: A batch or a model input, on the model's device.
+
+    Raises:
+        UsageError: No layer gives it: something else happens to it before the last linear layer reads it.
+
+    Example:
+        >>> import torch
+        >>> embedding_layer(Role("teacher", nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))), torch.ones(2, 4))
+        '1'
+    """
+    outputs: dict[str, Any] = {}
+    hooks = [
+        part.register_forward_hook(partial(_keep, outputs, path)) for path, part in role.module.named_modules() if path
+    ]
+    try:
+        with evaluating(role.module):
+            _, embedding = with_embedding(role, x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    path = next((path for path, output in outputs.items() if output is embedding), None)
+    if path is None:
+        raise UsageError(
+            "the teacher's embedding cannot be stored",
+            where=f"{role.name}.{find_head(role.module)}",
+            found="an input that is no layer's output",
+            expected="the output of another layer, as it is",
+            fix="run without stored outputs (cache); or put a torch.nn.Identity before the last linear layer",
+        )
+    return path
+
+
+@torch.no_grad()
+def readout(role: Role, source: Source, batch_size: int = 256) -> Tensor:
+    """The weights `[C, D]` that make a classifier's logits of its embeddings.
+
+    Those of its last linear layer; of stored outputs, those of the regression of logits on embeddings.
+
+    Args:
+        role: The classifier.
+        source: Stored samples, of which view 0 is looked at; not used where the layer is there.
+        batch_size: Samples of one reading.
+
+    Example:
+        >>> from limbeck.data import TensorSource
+        >>> role = Role("teacher", nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)))
+        >>> readout(role, TensorSource(torch.ones(2, 4))).shape
+        torch.Size([3, 8])
+    """
+    if not isinstance(role.module, Cached):
+        return head_of(role.module).weight.detach()
+    size, classes = embedding_size(role)
+    moments = ClassMoments(1, size + classes)
+    for rows in torch.arange(len(source)).split(batch_size):
+        logits, embedding = with_embedding(role, source.batch(rows, 0))
+        moments.add(torch.cat([embedding, logits], 1), torch.zeros(len(rows), dtype=torch.int64))
+    covariance = moments.covariances[0]
+    # Below a millionth of the largest variance lies the rounding of stored numbers.
+    inverse = torch.linalg.pinv(covariance[:size, :size], rtol=1e-6, hermitian=True)
+    return (inverse @ covariance[:size, size:]).mT
+
+
+def _keep(outputs: dict[str, Any], path: str, _module: nn.Module, _args: Any, output: Any) -> None:
+    outputs[path] = output
 
 
 def _stored(teacher: Cached) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from limbeck.convert.subclasses import SubclassHead
 from limbeck.core.errors import LimbeckError, UsageError, require
 from limbeck.data.images import Normalise
 from limbeck.export import safetensors
@@ -118,6 +119,8 @@ def num_classes(module: nn.Module) -> int | None:
         return None
     if (config := getattr(module, "config", None)) is not None and hasattr(config, "num_labels"):
         return int(config.num_labels) if "Classification" in type(module).__name__ else None
+    if own := [m.num_classes for m in module.modules() if isinstance(m, SubclassHead)]:
+        return own[-1]
     layers = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     last = layers[-1] if layers else None
     return last.out_features if isinstance(last, nn.Linear) else last.out_channels if last is not None else None

@@ -108,15 +108,17 @@ def _trace(job: Any, engine: Engine, notes: list[str]) -> list[StageCost]:
     m = fake_roles(job.roles, fake)
     for stage in training_stages(job.method, m, job.data, notes, fake):
         seen = sample(stage.data, engine.batch_size, torch.Generator().manual_seed(engine.seed))
-        steps = total_steps(stage, engine)
+        steps = total_steps(stage, engine, getattr(job, "counted", True))
         m.step, m.epoch, m.total = 0, 0, steps or 0
         with fake():
             prepare_roles(stage, m)
             parts = _parts(stage, seen, engine)
             stored = job.taught is not None or job.recipe.cache is not None
-            if stored and "teacher" in m and not isinstance(m.teacher.module, Cached):
+            live = [name for name, role in m.teachers.items() if not isinstance(role.module, Cached)]
+            if stored and live:
                 notes.append("the teacher's outputs are stored once before training: that pass is not counted")
-                m.teacher = cached(m.teacher, parts[0])
+                for name in live:
+                    setattr(m, name, cached(m[name], parts[0]))
             if not costs and not m.lineage:  # the method's check is about the models as they are given
                 with explained(stage, parts[0], {}), suppress(DataDependentOutputException):
                     job.method.check(m, parts[0])

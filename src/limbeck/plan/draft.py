@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,11 +18,14 @@ from limbeck.core.recipe import Recipe
 from limbeck.core.roles import Role, Roles
 from limbeck.data import Data, embedded, load_data
 from limbeck.data.options import DataOptions
+from limbeck.data.sources import Rows
 from limbeck.engine.settings import Engine
-from limbeck.job import student_of, teacher_of, tokenised
+from limbeck.job import student_of, teachers_of, tokenised
 from limbeck.models.load import load_model, model_image_size, model_preprocess, model_tokenizer, num_classes
 from limbeck.models.specs import is_object
 from limbeck.teachers import Ensemble
+
+JUDGED = ("validation", "test")  # splits that training never sees
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Draft:
         optim: How each role is optimised.
         recipe: What this was made from.
         taught: Training data as the teacher reads them, where it has a tokenizer of its own.
+        counted: Whether the number of samples is known.
         notes: What was assumed.
     """
 
@@ -49,31 +51,30 @@ class Draft:
     optim: Mapping[str, OptimSpec]
     recipe: Recipe
     taught: Any = None
+    counted: bool = True
     notes: tuple[str, ...] = ()
 
 
-class Shapes:
+class Shapes(Rows):
     """A source that knows what its batches look like, and holds no samples.
 
     Args:
         x: Shape and dtype of one sample, by name where a sample has several parts.
-        labelled: Whether there are labels.
         samples: How many there would be.
+        classes: Number of classes, equally many samples of each; None for samples without labels.
     """
 
-    views = 0
-
-    def __init__(self, x: Mapping[str, tuple[tuple[int, ...], torch.dtype]], labelled: bool, samples: int) -> None:
-        self.x, self.labelled, self.ids = x, labelled, torch.arange(samples)
-
-    def __len__(self) -> int:
-        return len(self.ids)
+    def __init__(
+        self, x: Mapping[str, tuple[tuple[int, ...], torch.dtype]], samples: int, classes: int | None = None
+    ) -> None:
+        self.x, self.ids, self.views = x, torch.arange(samples), 0
+        self.labels = None if classes is None else self.ids % classes
 
     def batch(self, rows: Tensor, view: int) -> Batch:
         """Whatever the memory holds: only shapes and dtypes count."""
         parts = {name: torch.empty(len(rows), *shape, dtype=dtype) for name, (shape, dtype) in self.x.items()}
         x = parts["x"] if list(parts) == ["x"] else parts
-        y = {"y": torch.zeros(len(rows), dtype=torch.int64)} if self.labelled else {}
+        y = {} if self.labels is None else {"y": self.labels[rows]}
         return Batch(x=x, id=self.ids[rows], view=torch.full((len(rows),), view), **y)
 
     def fingerprint(self) -> str:
@@ -93,25 +94,27 @@ def draft(recipe: Recipe, samples: int | None = None) -> Draft:
     """
     options = {"spec": recipe.data} if isinstance(recipe.data, str) else dict(recipe.data)
     spec, notes = options.pop("spec"), list[str]()
-    found: Any = load_data(spec, **options) if _is_here(spec) else None
+    here = all(_is_here(name) for name in (spec, options.get("unlabelled")) if name is not None)
+    found: Any = load_data(spec, **options) if here else None
     classes = len(options.get("classes") or ()) or (None if found is None else found.num_classes)
-    teacher = None if recipe.teacher is None else teacher_of(recipe.teacher, classes, _load)
-    _check_classes(teacher, classes)
+    modules = teachers_of(recipe.teacher, recipe.method, classes, _load)
+    teacher = modules.get("teacher")
+    if "teacher" in recipe.method.logits:
+        _check_classes(teacher, classes)
     student, _ = student_of(recipe.student, teacher, classes, _load)
     taught = None
     if found is not None:
-        read, other = tokenised(Data(train=found.train), teacher, student)
-        train, taught = read.train, None if other is None else other.train
+        read, other = tokenised(Data(**{n: s for n, s in found.items() if n not in JUDGED}), teacher, student)
+        data, taught = read, None if other is None else other.train
     else:
-        train = _shapes(spec, options, teacher or student, samples or recipe.engine.batch_size)
-        shown = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in train.x.items())
+        count = samples or recipe.engine.batch_size
+        data = _shapes(spec, options, teacher or student, count, classes or num_classes(student))
+        shown = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in data.train.x.items())
         notes.append(f"the data '{spec}' are not on this machine: samples are taken to be {shown}")
-        # Without a number of samples the data are endless, and the number of steps is not known.
-        train = train if samples else partial(_endless, train)
-    modules = {"student": student} if teacher is None else {"teacher": teacher, "student": student}
-    roles = Roles(**{name: Role(name, module, model_preprocess(module)) for name, module in modules.items()})
-    data = SimpleNamespace(train=train)
-    return Draft(recipe.method, roles, data, recipe.engine, recipe.optim, recipe, taught, tuple(notes))
+    recipe.method.check_data(data)
+    roles = Roles(**{n: Role(n, m, model_preprocess(m)) for n, m in {**modules, "student": student}.items()})
+    counted = found is not None or samples is not None
+    return Draft(recipe.method, roles, data, recipe.engine, recipe.optim, recipe, taught, counted, tuple(notes))
 
 
 def _is_here(spec: str) -> bool:
@@ -140,22 +143,22 @@ def _load(spec: str, **how: Any) -> nn.Module:
         return load_model(plain, **how, pretrained=False)
 
 
-def _endless(source: Shapes, step: int, generator: torch.Generator) -> Batch:
-    return source.batch(torch.arange(len(source)), step)
-
-
-def _shapes(spec: str, options: Mapping[str, Any], reader: nn.Module, samples: int) -> Shapes:
+def _shapes(spec: str, options: Mapping[str, Any], reader: nn.Module, samples: int, classes: int | None) -> Data:
     known = DataOptions.of(options)
     reader = reader.members[0] if isinstance(reader, Ensemble) else reader
     if model_tokenizer(reader) is not None:
         if known.max_length is None:
             raise _unknown(spec, "data.max_length", "the number of tokens of a text")
         tokens = ((known.max_length,), torch.int64)
-        return Shapes({"input_ids": tokens, "attention_mask": tokens}, known.label is not None, samples)
-    size = known.image_size or model_image_size(reader)
-    if size is None:
-        raise _unknown(spec, "data.image_size", "the pixels of a side of an image")
-    return Shapes({"x": ((3, size, size), torch.float32)}, True, samples)
+        x: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = {"input_ids": tokens, "attention_mask": tokens}
+        classes = None if known.label is None else classes
+    else:
+        size = known.image_size or model_image_size(reader)
+        if size is None:
+            raise _unknown(spec, "data.image_size", "the pixels of a side of an image")
+        x = {"x": ((3, size, size), torch.float32)}
+    unlabelled = None if known.unlabelled is None else Shapes(x, samples)
+    return Data(train=Shapes(x, samples, classes or 1), unlabelled=unlabelled)
 
 
 def _unknown(spec: str, field: str, what: str) -> UsageError:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from limbeck.core.batch import Batch, _map
@@ -33,11 +34,29 @@ class Fake:
         level = logger.level
         logger.setLevel(logging.CRITICAL)
         try:
-            with self._mode, warnings.catch_warnings():
+            moved, copied = patch.object(nn.Module, "_apply", _apply), patch.object(FakeTensor, "__deepcopy__", _copy)
+            with self._mode, moved, copied, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copying one does
                 yield
         finally:
             logger.setLevel(level)
+
+
+def _copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+    """A copy for `copy.deepcopy`, which asks for the storage of a buffer, and fake ones have none."""
+    return memo.setdefault(id(tensor), tensor.detach().clone().requires_grad_(tensor.requires_grad))
+
+
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """As torch's own, which swaps tensors in place, and fake ones cannot be swapped."""
+    for child in module.children() if recurse else ():
+        child._apply(change)
+    for name, p in module._parameters.items():
+        if p is not None:
+            module._parameters[name] = nn.Parameter(change(p.detach()), p.requires_grad)
+    for name, buffer in module._buffers.items():
+        module._buffers[name] = None if buffer is None else change(buffer)
+    return module
 
 
 def fake_tensor(tensor: Tensor, samples: int | None = None) -> Tensor:

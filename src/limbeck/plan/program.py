@@ -76,7 +76,7 @@ def _pass(stage: Stage, m: Roles, notes: list[str]) -> Any:
         return Choice(candidate, 0.0, ((candidate, 0.0),))
     if isinstance(stage, Collect):
         notes.append(f"stage '{stage.name}' collects: its time and memory are not counted")
-        return Artefact(None, None, "")
+        return Artefact(None, stage.example, "")
     notes.append(f"stage '{stage.name}' owns its loop: its time and memory are not counted")
     return {}
 
@@ -96,9 +96,9 @@ def prepare_roles(stage: Train, m: Roles) -> None:
             role.freeze()
 
 
-def total_steps(stage: Train, engine: Engine) -> int | None:
-    """Steps of a stage, as the engine counts them; None for endless data without a number of steps."""
-    per_epoch = Feed(stage.data, engine, world=engine.processes).epoch_steps()
+def total_steps(stage: Train, engine: Engine, counted: bool = True) -> int | None:
+    """Steps of a stage, as the engine counts them; None for endless or uncounted data without a number of steps."""
+    per_epoch = Feed(stage.data, engine, world=engine.processes).epoch_steps() if counted else None
     steps = stage.steps or (None if stage.epochs is not None else engine.steps)
     if steps is None and per_epoch is not None:
         return math.ceil((engine.epochs if stage.epochs is None else stage.epochs) * per_epoch)

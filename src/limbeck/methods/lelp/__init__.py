@@ -1,0 +1,1 @@
+"""Pseudo-subclasses from linear projections of a teacher's embedding: LELP (Loo, Iliopoulos, Hu and Vee 2024)."""
