@@ -37,6 +37,11 @@ def resnet56(num_classes: int = 100) -> nn.Module:
     return resnet(9, num_classes)
 
 
+def resnet32(num_classes: int = 100) -> nn.Module:
+    """32 layers, 0.47 M parameters."""
+    return resnet(5, num_classes)
+
+
 def resnet20(num_classes: int = 100) -> nn.Module:
     """20 layers, 0.28 M parameters."""
     return resnet(3, num_classes)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from limbeck.checks import first_batch
 from limbeck.core import registry
 from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
@@ -130,11 +131,13 @@ def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -
     job = claim(job if isinstance(job, Job) else build(job))
     evidence = Evidence.begin(job)
     if job.stored:
+        layers = _layers(job)
         _open(job, evidence)
         folder = job.recipe.cache or job.out / "cache"
         for name, role in job.roles.teachers.items():
             own = folder if name == "teacher" else Path(folder) / name
-            store = collect(role, job.taught or seen(job.data), own, batch_size=job.engine.batch_size)
+            source, size = job.taught or seen(job.data), job.engine.batch_size
+            store = collect(role, source, own, batch_size=size, layers=layers[name])
             setattr(job.roles, name, Cached(store))
     if job.budget is not None:
         job = job.with_steps(steps_within(job, job.budget - (time.perf_counter() - began), evidence.seconds))
@@ -225,6 +228,13 @@ def default_method(teacher: Any) -> str:
     """The method for a teacher when none is named: `embedding` for sentence encoders, else `kd`."""
     encoder = teacher.startswith("st:") if isinstance(teacher, str) else type(teacher).__name__ in _ENCODERS
     return "embedding" if encoder else "kd"
+
+
+def _layers(job: Job) -> dict[str, Sequence[str]]:
+    """The layers that the method wants stored beside each teacher's logits."""
+    batch = first_batch(job.taught or job.data.train)
+    device = next((p.device for _, role in job.roles.items() for p in role.module.parameters()), torch.device("cpu"))
+    return {name: job.method.stores(role, batch.to(device)) for name, role in job.roles.teachers.items()}
 
 
 def _open(job: Job, evidence: Evidence) -> None:

@@ -23,10 +23,11 @@ from limbeck.core import registry
 from limbeck.core.errors import RunError, UsageError
 from limbeck.core.files import write_text
 from limbeck.core.method import Method
-from limbeck.core.optim import Optim
+from limbeck.core.optim import OptimSpec
 from limbeck.core.roles import Roles
 from limbeck.core.source import Source
 from limbeck.core.stages import Stage, Step, Train
+from limbeck.data import Data
 from limbeck.engine.run import execute
 from limbeck.engine.settings import Engine
 from limbeck.evaluate.budget import Passes, as_dict, count_passes
@@ -43,7 +44,7 @@ class Trial:
     Args:
         validation: The metric that the value is chosen by.
         test: The metric that is reported.
-        passes: Passes through each model, as `fit` returns them; those of the student must be equal in all arms.
+        passes: Passes through each model, as `fit` returns them; all arms must have equally many of the student.
     """
 
     validation: float
@@ -183,20 +184,23 @@ def load_proof(method: str) -> Proof:
     return proof
 
 
-def fit(step: Step, m: Roles, source: Source, optim: Mapping[str, Optim], **engine: Any) -> dict[str, Passes]:
+def fit(
+    program: Step | Method, m: Roles, data: Source | Data, optim: Mapping[str, OptimSpec], **engine: Any
+) -> dict[str, Passes]:
     """Train roles with the engine on the CPU and leave nothing on disk.
 
     Args:
-        step: A method's step, or a function that returns the loss of the only role that learns.
-        m: The roles; those without an optimizer are frozen.
-        source: The training data.
+        program: A method's step, or a function that returns the loss of the only role that learns; or a whole method.
+        m: The roles; for a step, those without an optimizer are frozen.
+        data: The training data; for a whole method, its splits.
         optim: Optimizer of each role that learns.
         **engine: Fields of `Engine`, such as `epochs`, `batch_size` and `seed`.
 
     Returns:
-        The passes through each role.
+        The passes through each role; of a whole method, only those in training mode.
 
     Example:
+        >>> from limbeck import Optim
         >>> from limbeck.data import TensorSource
         >>> from limbeck.methods.kd.method import KD
         >>> m = Roles(teacher=nn.Linear(4, 3), student=nn.Linear(4, 3))
@@ -204,9 +208,14 @@ def fit(step: Step, m: Roles, source: Source, optim: Mapping[str, Optim], **engi
         >>> fit(KD().step, m, source, {"student": Optim()}, epochs=3, batch_size=2)["student"].backward
         6
     """
-    stage = Train(step, roles=optim, frozen=[name for name in m if name not in optim], data=source)
-    with count_passes(**{name: role.module for name, role in m.items()}) as passes:
-        execute(_OneStage(stage), m, engine=Engine(**{"device": "cpu", "evaluate_every": 0, **engine}))
+    settings = Engine(**{"device": "cpu", "evaluate_every": 0, **engine})
+    if isinstance(program, Method):
+        method, whole = program, True
+    else:
+        frozen = [name for name in m if name not in optim]
+        method, whole = _OneStage(Train(program, roles=optim, frozen=frozen, data=data)), False
+    with count_passes(learning=whole, **{name: role.module for name, role in m.items()}) as passes:
+        execute(method, m, data, settings, optim=optim)
     return passes
 
 
@@ -339,9 +348,12 @@ def _tune(proof: Proof, name: str, seeds: Sequence[int], trials: _Trials) -> dic
 
 
 def _same_budget(arms: Mapping[str, Mapping[str, Any]]) -> None:
+    """Equally many forward and backward passes; the last batches of epochs may differ, by a tenth of the samples at most."""
     budgets = {name: arm["passes"].get("student") for name, arm in arms.items()}
-    first = next(iter(budgets.values()))
-    if first is None or any(budget != first for budget in budgets.values()):
+    found = [budget for budget in budgets.values() if budget is not None]
+    steps = {(budget["forward"], budget["backward"]) for budget in found}
+    samples = [budget["examples"] for budget in found]
+    if len(found) < len(budgets) or len(steps) != 1 or min(samples) < 0.9 * max(samples):
         raise RunError("the arms of the proof had different budgets", where="passes through the student", found=budgets)
 
 

@@ -21,6 +21,7 @@ from limbeck.data import Data, TensorSource
 from limbeck.engine.run import Result, execute
 from limbeck.nn.mlp import mlp
 from limbeck.prove import seeded
+from limbeck.teachers import Ensemble
 
 INPUTS, CLASSES = 6, 5
 ENGINE = Engine(steps=16, batch_size=16, device="cpu", checkpoint_every=3, log_every=1, evaluate_every=0)
@@ -58,6 +59,26 @@ def classifiers() -> Roles:
     return Roles(teacher=wide, student=narrow)
 
 
+def pooled() -> Data:
+    """Those points, and 40 without labels."""
+    rng = torch.Generator().manual_seed(8)
+    x = 2 * torch.randn(40, INPUTS, generator=rng)
+    return Data(train=data().train, unlabelled=TensorSource(x, ids=torch.arange(1000, 1040)))
+
+
+def taught_by_two() -> Roles:
+    """An ensemble of two wide networks, and a narrow one."""
+    m = classifiers()
+    m.teacher = Ensemble([m.teacher.module, seeded(5, lambda: mlp(INPUTS, 24, CLASSES))])
+    return m
+
+
+def held_out() -> Data:
+    """Those points, the last 24 of them kept to estimate on."""
+    whole = data().train
+    return Data(train=whole.subset(range(48)), validation=whole.subset(range(48, 72)))
+
+
 def images() -> Data:
     """48 unlabelled images of 8 x 8 pixels with a bright spot in one of four places, and as many labelled ones."""
 
@@ -93,14 +114,40 @@ BATCH_WIDE = "it compares the samples of a batch with each other, so parts of a 
 TWO_PLAYERS = "neither player's loss need fall"
 UNTRAINED = "nothing is trained"
 CHAIN = "its stages need the engine"
+MADE = "its program makes a role"
 
 # Where a registered method lives, if not among classifiers.
 WORLDS: Mapping[str, Mapping[str, Any]] = {
+    "meal_v2": {
+        "method": lambda: registry.find("meal_v2")(variant="paper"),
+        "roles": taught_by_two,
+        "exceptions": {"own_loop": MADE, "no_wait": MADE},
+    },
+    "wad": {
+        "method": lambda: registry.find("wad")(promotions=2),
+        "data": pooled,
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "each round goes on where the one before ended"},
+    },
+    "ssld": {
+        "method": lambda: registry.find("ssld")(images_per_class=8, finetune_epochs=3.0),
+        "data": pooled,
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "its second stage starts where the first ended"},
+    },
     "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}},
     "kd3": {
         "roles": convolutions,
         "data": images,
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "micro_batches": BATCH_WIDE, "processes": BATCH_WIDE},
+    },
+    "wa": {
+        "method": lambda: registry.find("wa")(increments=2, memory=20),
+        "exceptions": {"own_loop": CHAIN},
+    },
+    "lelp": {"exceptions": {"own_loop": CHAIN, "no_wait": CHAIN}},
+    "self_distillation": {
+        "method": lambda: registry.find("self_distillation")(generations=2),
+        "data": held_out,
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
     },
 }
 METHODS = {

@@ -48,6 +48,7 @@ CASES = {
     "kl-warm": Case(losses.kl, LOGITS, {"temperature": 3.0}),
     "kl-reverse": Case(losses.kl, LOGITS, {"temperature": 2.0, "direction": "reverse"}),
     "kl-tokens": Case(losses.kl, TOKENS, samples=(2, 3)),
+    "symmetric-kl": Case(losses.symmetric_kl, LOGITS, {"temperature": 2.0}),
     "js": Case(losses.jensen_shannon, LOGITS, {"temperature": 2.0}),
     "js-0.1": Case(losses.jensen_shannon, LOGITS, {"beta": 0.1, "continuous": True}),
     "js-0": Case(losses.jensen_shannon, LOGITS, {"beta": 0}),

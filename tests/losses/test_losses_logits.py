@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from limbeck.losses import dist, dkd, jensen_shannon, kl, logit_mse, soft_cross_entropy, standardise
+from limbeck.losses import dist, dkd, jensen_shannon, kl, logit_mse, soft_cross_entropy, standardise, symmetric_kl
 
 B, C = 5, 6
 
@@ -110,6 +110,34 @@ def test_jensen_shannon_is_symmetric_and_bounded(pair):
     torch.testing.assert_close(jensen_shannon(student, teacher, beta=0.3), jensen_shannon(teacher, student, beta=0.7))
     apart = torch.tensor([[1e4, 0.0]]), torch.tensor([[0.0, 1e4]])
     assert jensen_shannon(*apart).item() == pytest.approx(math.log(2), rel=1e-6)
+
+
+def test_symmetric_kl_is_half_of_jeffreys_divergence(pair):
+    student, teacher = pair
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    torch.testing.assert_close(symmetric_kl(*pair), ((p - q) * (p.log() - q.log())).sum(-1).mean() / 2)
+    torch.testing.assert_close(symmetric_kl(student, teacher), symmetric_kl(teacher, student))
+    torch.testing.assert_close(
+        symmetric_kl(student + 3, teacher - normal(B, 1, seed=2)), symmetric_kl(student, teacher)
+    )
+    assert symmetric_kl(student, student + 1).abs() < 1e-12
+    mean = ((p * (p / q).log() + q * (q / p).log()) / 2).mean()  # the first release: C times the mean over all elements
+    torch.testing.assert_close(C * mean, symmetric_kl(*pair))
+
+
+def test_the_gradient_of_symmetric_kl_is_the_closed_form(pair):
+    student, teacher = (z.clone().requires_grad_() for z in pair)
+    symmetric_kl(student, teacher.detach()).backward()
+    p, q = pair[1].softmax(-1), pair[0].softmax(-1)
+    d = q.log() - p.log()
+    torch.testing.assert_close(student.grad, ((q - p) + q * (d - (q * d).sum(-1, keepdim=True))) / (2 * B))
+
+
+def test_symmetric_kl_bounds_jensen_shannon(pair):
+    one, other = (symmetric_kl(*pair, reduction="none"), jensen_shannon(*pair, reduction="none"))
+    assert (other <= one / 2).all()
+    near = pair[1] + 1e-3 * normal(B, C, seed=3)
+    assert (symmetric_kl(near, pair[1]) / jensen_shannon(near, pair[1])).item() == pytest.approx(4, rel=1e-2)
 
 
 @pytest.mark.parametrize(("variant", "ddof"), [("paper", 0), ("code", 1)])

@@ -10,7 +10,8 @@ import typer
 
 def distill(
     teacher: Annotated[
-        str | None, typer.Option(help="timm:NAME, torchvision:NAME, hf:NAME, st:NAME, file.py:function.")
+        list[str] | None,
+        typer.Option(help="timm:NAME, torchvision:NAME, hf:NAME, st:NAME, file.py:function; several times for several."),
     ] = None,
     student: Annotated[str | None, typer.Option(help="The same forms, and layers:N, static.")] = None,
     data: Annotated[str | None, typer.Option(help="A data set by name, file or folder.")] = None,
@@ -39,7 +40,8 @@ def distill(
     from limbeck.api import default_method
     from limbeck.core.recipe import Recipe
 
-    tree = {"teacher": teacher, "student": student, "data": data, "out": None if out is None else str(out)}
+    teachers = teacher[0] if teacher and len(teacher) == 1 else teacher or None
+    tree = {"teacher": teachers, "student": student, "data": data, "out": None if out is None else str(out)}
     tree = {name: value for name, value in tree.items() if value is not None}
-    recipe = Recipe.parse(tree | {"method": method or default_method(teacher), "engine": engine}, set_ or ())
+    recipe = Recipe.parse(tree | {"method": method or default_method(teachers), "engine": engine}, set_ or ())
     execute(recipe, budget, dry_run, json)

@@ -20,7 +20,13 @@ METHODS: Mapping[str, str] = {
     "embedding": "limbeck.methods.embedding.method:Embedding",
     "kd": "limbeck.methods.kd.method:KD",
     "kd3": "limbeck.methods.kd3.method:KD3",
+    "lelp": "limbeck.methods.lelp.method:LELP",
+    "meal_v2": "limbeck.methods.meal_v2.method:MEALV2",
     "pld": "limbeck.methods.pld.method:PLD",
+    "self_distillation": "limbeck.methods.self_distillation.method:SelfDistillation",
+    "ssld": "limbeck.methods.ssld.method:SSLD",
+    "wa": "limbeck.methods.wa.method:WA",
+    "wad": "limbeck.methods.wad.method:WAD",
 }
 
 

@@ -28,6 +28,7 @@ class Train:
         data: A source, a data loader, a function `(step, generator) -> Batch` for endless data, or None for no data.
         steps: Steps of this stage; wins over epochs. Default: the run's.
         epochs: Passes over the data. Default: the run's.
+        lr_factor: Multiplies the learning rates of this stage, whoever gave them.
         ema: Averaged roles by name.
         evaluate: Called with the roles in evaluation mode; returns numbers. Default: the run's.
         run: In place of `step`, for a stage that owns its loop: `run(m, data, state)` is a generator that yields a mapping of
@@ -44,6 +45,7 @@ class Train:
     data: Any = None
     steps: int | None = None
     epochs: float | None = None
+    lr_factor: float = 1.0
     ema: Mapping[str, Ema] = field(default_factory=dict)
     evaluate: Callable[[Roles], Mapping[str, float]] | None = None
     run: Callable[[Roles, Any, dict[str, Any]], Iterator[Mapping[str, Any]]] | None = None

@@ -71,7 +71,7 @@ class Updater:
         if old is not None:
             optimizer.state.update({p: old.state[p] for p in params if p in old.state})
         self.optimizers[role], self.params[role] = optimizer, params
-        self.base_lr[role] = [group["lr"] for group in optimizer.param_groups]
+        self.base_lr[role] = [self.stage.lr_factor * group["lr"] for group in optimizer.param_groups]
 
     def step(self, batches: list[Batch], whole: int) -> Logs:
         """One step of the program on this process's micro-batches of a batch of `whole` samples; returns what to log.

@@ -25,12 +25,13 @@ class Passes:
 
 
 @contextmanager
-def count_passes(**modules: nn.Module) -> Iterator[dict[str, Passes]]:
+def count_passes(*, learning: bool = False, **modules: nn.Module) -> Iterator[dict[str, Passes]]:
     """Count the passes through each module while the block runs; arms with equal counts had the same budget.
 
     Calls that go round `module(...)`, such as `module.forward(...)` or a sub-module called alone, are not seen.
 
     Args:
+        learning: Count only calls in training mode, and so not what a program looks at to choose its next step.
         **modules: Models by name.
 
     Returns:
@@ -48,7 +49,7 @@ def count_passes(**modules: nn.Module) -> Iterator[dict[str, Passes]]:
         0
     """
     counts = {name: Passes() for name in modules}
-    handles = [m.register_forward_hook(_hook(counts[name]), with_kwargs=True) for name, m in modules.items()]
+    handles = [m.register_forward_hook(_hook(counts[name], learning), with_kwargs=True) for name, m in modules.items()]
     try:
         yield counts
     finally:
@@ -61,8 +62,10 @@ def as_dict(budget: dict[str, Passes]) -> dict[str, dict[str, int]]:
     return {name: asdict(passes) for name, passes in budget.items()}
 
 
-def _hook(passes: Passes) -> Any:
-    def after_forward(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+def _hook(passes: Passes, learning: bool) -> Any:
+    def after_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if learning and not module.training:
+            return
         passes.forward += 1
         passes.examples += next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim), 0)
         seen: list[None] = []

@@ -10,7 +10,16 @@ from limbeck.losses.embeddings import cosine_distance, embedding_mse, info_nce, 
 from limbeck.losses.features import attention_transfer, hcl, hint, similarity_preserving, simkd
 from limbeck.losses.information import vid
 from limbeck.losses.listwise import list_mle, p_list_mle, plackett_luce
-from limbeck.losses.logits import dist, dkd, jensen_shannon, kl, logit_mse, soft_cross_entropy, standardise
+from limbeck.losses.logits import (
+    dist,
+    dkd,
+    jensen_shannon,
+    kl,
+    logit_mse,
+    soft_cross_entropy,
+    standardise,
+    symmetric_kl,
+)
 from limbeck.losses.relations import crd, pkt, rkd_angle, rkd_distance
 
 __all__ = [
@@ -38,5 +47,6 @@ __all__ = [
     "simkd",
     "soft_cross_entropy",
     "standardise",
+    "symmetric_kl",
     "vid",
 ]

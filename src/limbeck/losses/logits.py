@@ -61,6 +61,36 @@ def kl(
 
 
 @full_precision
+def symmetric_kl(
+    student: Tensor, teacher: Tensor, *, temperature: float = 1.0, reduction: Reduction = "mean"
+) -> Tensor:
+    """Mean of the two Kullback-Leibler divergences between class distributions, times the temperature squared.
+
+    `tau^2 / 2 [KL(p || q) + KL(q || p)] = tau^2 / 2 sum_c (p_c - q_c)(log p_c - log q_c)`, p of the teacher, q of the student:
+    half of Jeffreys' divergence. The code of Cui et al. 2021 (SSLD) calls it Jensen-Shannon, which it is not: it has no bound,
+    and where the two agree it is four times that.
+
+    Args:
+        student: Logits `[..., C]`. A class masked with -inf on both sides drops out.
+        teacher: Logits `[..., C]`.
+        temperature: `tau > 0`.
+        reduction: "mean" | "sum" over samples, or "none" for `[...]`.
+
+    Returns:
+        The loss in fp32 or wider; inf where one distribution excludes a class that the other allows.
+
+    Raises:
+        UsageError: Shapes differ, or the temperature is not positive.
+
+    Example:
+        >>> symmetric_kl(torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]]))
+        tensor(0.4621)
+    """
+    log_q, log_p = _soft_pair("symmetric_kl", student, teacher, temperature)
+    return reduce(temperature**2 * (divergence(log_p, log_q) + divergence(log_q, log_p)) / 2, reduction)
+
+
+@full_precision
 def jensen_shannon(
     student: Tensor,
     teacher: Tensor,

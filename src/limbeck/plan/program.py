@@ -46,18 +46,19 @@ def training_stages(
         Each stage that trains by steps.
     """
     program, answer, guessed = method.stages(m, data), None, ""
+    collected: list[str] = []
     while True:
         try:
             stage = program.send(answer)
         except StopIteration:
-            return
+            break
         except LimbeckError:
             raise
         except Exception as error:
             if not guessed:
                 raise
             notes.append(f"what follows stage '{guessed}' needs its result, and was not looked at ({error})")
-            return
+            break
         if isinstance(stage, Train) and stage.step is not None:
             yield stage
             answer = {}
@@ -65,6 +66,9 @@ def training_stages(
             with inside():
                 answer = _pass(stage, m, notes)
             guessed = guessed if isinstance(stage, Convert) else stage.name
+            collected += [f"'{stage.name}'"] if isinstance(stage, Collect) else []
+    if collected:
+        notes.append(f"what is collected ({', '.join(collected)}) is not counted: neither time nor memory")
 
 
 def _pass(stage: Stage, m: Roles, notes: list[str]) -> Any:
@@ -75,7 +79,6 @@ def _pass(stage: Stage, m: Roles, notes: list[str]) -> Any:
         candidate = next(iter(stage.candidates))
         return Choice(candidate, 0.0, ((candidate, 0.0),))
     if isinstance(stage, Collect):
-        notes.append(f"stage '{stage.name}' collects: its time and memory are not counted")
         return Artefact(None, stage.example, "")
     notes.append(f"stage '{stage.name}' owns its loop: its time and memory are not counted")
     return {}

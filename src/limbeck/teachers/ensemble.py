@@ -63,8 +63,8 @@ class Ensemble(nn.Module):
             index = None if classes is None else torch.tensor(classes)
             self.register_buffer(f"class_map_{i}", index, persistent=False)
 
-    def forward(self, x: Any) -> Tensor:
-        """The average `[B, ..., C]` for a model input or a batch."""
+    def forward(self, x: Any, apart: bool = False) -> Tensor:
+        """The average `[B, ..., C]` for a model input or a batch; each member's logits `[M, B, ..., C]` where kept apart."""
         outputs = [self._member(i, x) for i in range(len(self.roles))]
         if len({z.shape for z in outputs}) > 1:
             raise UsageError(
@@ -73,7 +73,16 @@ class Ensemble(nn.Module):
                 expected="the same classes in the same order",
                 fix="give class_maps",
             )
-        z = torch.stack(outputs)  # [M, B, ..., C]
+        z = torch.stack(outputs)
+        return z if apart else self.mean(z)
+
+    def mean(self, z: Tensor) -> Tensor:
+        """The average `[B, ..., C]` of the members' logits `[M, B, ..., C]`.
+
+        Example:
+            >>> Ensemble([nn.Identity(), nn.Identity()], average="logits").mean(torch.tensor([[[1.0]], [[3.0]]]))
+            tensor([[2.]])
+        """
         w = self.weights.to(z.dtype).reshape(-1, *(1,) * (z.ndim - 1))
         if self.average == "logits":
             return (w * z).sum(0)

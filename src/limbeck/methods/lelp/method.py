@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limbeck.convert.subclasses import AddSubclasses, subclass_path
+from limbeck.convert.subclasses import AddSubclasses, has_subclasses, subclass_path
 from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
@@ -36,7 +36,8 @@ class LELP(Method):
     where $t$ are the teacher's logits and $h$ is its embedding, what its last linear layer reads. $\mu_c$ is the mean and
     $v_c$ are the principal directions of class c, outside of the row space of that layer's weights and rotated at random
     (Loo, Iliopoulos, Hu and Vee 2024, section 3). The paper's cross-entropy is this and the entropy of $p$, which has no
-    gradient. The student returns class logits $\log \sum_s \exp o_{cs}$; with one subclass this is `kd` without labels.
+    gradient. The student returns class logits $\tau \log \sum_s \exp(o_{cs} / \tau)$; with one subclass this is `kd` without
+    labels.
 
     Args:
         temperature: `tau > 0` of the class probabilities.
@@ -79,11 +80,12 @@ class LELP(Method):
         if isinstance(m.teacher.module, Ensemble):
             found = f"{len(m.teacher.members)} teachers"
             raise UsageError("an ensemble has no embedding of its own", where="teacher", found=found, fix="name one")
-        for role in (m.teacher, m.student):
-            with evaluating(role.module):
-                _, embedding = with_embedding(role, batch)
-            if role is m.teacher:
-                self._check_size(classes, embedding.shape[-1])
+        with evaluating(m.teacher.module):
+            _, embedding = with_embedding(m.teacher, batch)
+        self._check_size(classes, embedding.shape[-1])
+        if not has_subclasses(m.student.module, self.subclasses):
+            with evaluating(m.student.module):
+                with_embedding(m.student, batch)
 
     def check_data(self, data: Any) -> None:
         """Each class has more samples than subclasses, where the labels are known."""
@@ -103,7 +105,7 @@ class LELP(Method):
         example = {"weight": torch.zeros(rows, size), "bias": torch.zeros(rows)}
         found = yield Collect("subspaces", lambda m, _: self.fit(m, data.train), example=example)
         m.subspaces = coordinates(found.value)
-        yield Convert("student", AddSubclasses(self.subclasses))
+        yield Convert("student", AddSubclasses(self.subclasses, self.temperature))
         yield Train(self.step, roles={"student": None}, frozen=("teacher", "subspaces"), data=data.train)
 
     def prepare(self, m: Roles, source: Source) -> None:
@@ -115,7 +117,7 @@ class LELP(Method):
         """
         m.subspaces = coordinates(self.fit(m, source))
         m.freeze("subspaces")
-        m.convert("student", AddSubclasses(self.subclasses))
+        m.convert("student", AddSubclasses(self.subclasses, self.temperature))
 
     def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
         """One update of the student."""

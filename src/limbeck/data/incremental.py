@@ -16,7 +16,7 @@ from limbeck.core.errors import UsageError
 from limbeck.data.combine import Concatenated
 from limbeck.data.data import Data
 from limbeck.data.ids import digest
-from limbeck.data.sources import Rows, Subset
+from limbeck.data.sources import Rows
 
 _NAME = re.compile(r"increment_(\d+)$")
 
@@ -89,14 +89,13 @@ class Increments:
         `groups`. Where there is a split `memory`, its classes are known from the start, and it is all that is left of them.
 
         Args:
-            data: Splits with labels `[N]`; labels are numbered from 0, without gaps.
+            data: Splits with labels `[N]`; classes are numbered from 0, without gaps.
             groups: Number of groups, whose sizes differ by one at most, or the size of each.
-            seed: Seed of the order of the classes; None keeps the order of their numbers. 1993 gives the order that is
-                usual for CIFAR-100.
+            seed: Seed of the order of the classes; None keeps the order of their numbers.
 
         Raises:
-            UsageError: Labels are not known, an increment has a class of an earlier one, a class has no samples, a split
-                that is judged on has a class that never arrives, or the sizes do not fit.
+            UsageError: Labels are not known, an increment is missing or has a class of an earlier one, a class has no
+                samples, a split that is judged on has a class that never arrives, or the sizes do not fit.
 
         Example:
             >>> from limbeck.data import TensorSource
@@ -105,26 +104,25 @@ class Increments:
             >>> found.order, found.sizes, found.source.labels[:6].tolist()
             ((0, 2, 3, 4, 5, 1), (3, 3), [0, 5, 1, 2, 3, 4])
         """
-        sources = _named(data)
+        names = _increments(data)
         known = _classes(data, "memory") if "memory" in data else []
-        arriving = [[c for c in _classes(data, name) if c not in known] for name in sources]
-        for k, name in enumerate(sources):
-            earlier = {c for group in arriving[:k] for c in group} | (set(known) & set(_classes(data, name)))
+        arriving = [_classes(data, name) for name in names]
+        for k, name in enumerate(names):
+            earlier = {*known, *(c for group in arriving[:k] for c in group)}
             _refuse(
-                sorted(earlier & set(_classes(data, name))),
+                sorted(earlier & set(arriving[k])),
                 "an increment has classes that arrived before",
                 f"data.{name}",
                 "each class in one increment; what is remembered of earlier classes goes into data.memory",
             )
-        if len(sources) == 1:
-            shuffled = class_order(len(arriving[0]), seed)
-            arriving = [[arriving[0][c] for c in shuffled]]
+        if len(names) == 1:
+            arriving = [[arriving[0][i] for i in class_order(len(arriving[0]), seed)]]
             sizes = group_sizes(len(arriving[0]), groups)
         else:
             sizes = tuple(len(group) for group in arriving)
         order = (*known, *(c for group in arriving for c in group))
         _check_order(data, order)
-        parts = [*(["memory"] if known else []), *sources]
+        parts = [*(["memory"] if known else []), *names]
         whole = data[parts[0]] if len(parts) == 1 else Concatenated(*(data[name] for name in parts))
         source = Relabelled(whole, order)
         memory = tuple(source.ids[source.labels == c] for c in range(len(known)))
@@ -162,7 +160,7 @@ class Increments:
 
 
 def class_order(classes: int, seed: int | None = None) -> tuple[int, ...]:
-    """The classes in random order, by numpy's old generator: seed 1993 is the usual order of CIFAR-100 (Rebuffi et al. 2017).
+    """The classes in random order, by numpy's old generator: seed 1993 gives the usual order of CIFAR-100.
 
     Args:
         classes: Number of classes.
@@ -231,11 +229,19 @@ def herd(features: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def _named(data: Data) -> list[str]:
+def _increments(data: Data) -> list[str]:
     """The splits that are increments, in their order."""
-    numbered = sorted((int(m[1]), name) for name in data if (m := _NAME.match(name)))
-    first = ["train"] if not numbered or numbered[0][0] else []
-    return [*first, *(name for _, name in numbered)]
+    numbers = sorted(int(found[1]) for name in data if (found := _NAME.match(name)))
+    first = min(numbers[0], 1) if numbers else 1
+    if numbers and numbers != list(range(first, first + len(numbers))):
+        raise UsageError(
+            "an increment is missing",
+            where="data",
+            found=", ".join(f"increment_{k}" for k in numbers),
+            expected="increment_0, increment_1, ..., or train, increment_1, ...",
+            fix="number the splits without gaps",
+        )
+    return [*(["train"] if first else []), *(f"increment_{k}" for k in numbers)]
 
 
 def _classes(data: Data, name: str) -> list[int]:
@@ -266,15 +272,3 @@ def _refuse(classes: Sequence[int], what: str, where: str, expected: str) -> Non
     if classes:
         found = f"class {', '.join(map(str, classes[:10]))}"
         raise UsageError(what, where=where, found=found, expected=expected, fix="correct the labels or the splits")
-
-
-def evenly(source: Any, parts: int) -> list[Any]:
-    """Parts of samples whose labels are not known, for a plan: every `parts`-th sample; other data as they are.
-
-    Example:
-        >>> evenly(None, 2)
-        [None, None]
-    """
-    if not hasattr(source, "ids"):
-        return [source] * parts
-    return [Subset(source, torch.arange(k, len(source), parts)) for k in range(parts)]

@@ -2,8 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import UsageError
+from limbeck.nn.heads import find_head, head_of
 
 _SMALL = 1e-12  # a mean norm below it is that of rows of zeros
 
@@ -32,7 +32,7 @@ class ReshapeHead:
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> grown, record = ReshapeHead(new=2)(net)
-        >>> grown(torch.ones(1, 4)).shape, bool((grown(torch.ones(1, 4))[:, :3] == net(torch.ones(1, 4))).all())
+        >>> grown(torch.ones(1, 4)).shape, bool((grown[2].weight[:3] == net[2].weight).all())
         (torch.Size([1, 5]), True)
         >>> record
         {'kind': 'limbeck.convert.heads:reshape_head', 'path': '2', 'classes': 5, 'bias': True}
@@ -46,20 +46,19 @@ class ReshapeHead:
 
     def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """The new classifier, and the record that rebuilds its structure."""
-        path = head_path(module)
-        old = _linear(module, path)
+        path, old = find_head(module), head_of(module)
         keep = list(range(old.out_features)) if self.keep is None else list(self.keep)
         if not all(0 <= row < old.out_features for row in keep) or not len(keep) + self.new:
             raise UsageError(
                 "the classifier does not have these rows",
                 where=f"{type(module).__name__}.{path}",
                 found=keep,
-                expected=f"0 to {old.out_features - 1}",
+                expected=f"0 to {old.out_features - 1}, or new rows",
             )
         bias = old.bias is not None if self.bias is None else self.bias
         record = {"kind": f"{__name__}:reshape_head", "path": path, "classes": len(keep) + self.new, "bias": bias}
         reshaped = reshape_head(copy.deepcopy(module), record)
-        head = _linear(reshaped, path)
+        head = head_of(reshaped)
         with torch.no_grad():
             head.weight.copy_(torch.cat([old.weight[keep], self._rows(old)]))
             if head.bias is not None:
@@ -77,7 +76,8 @@ class ReshapeHead:
 
 def reshape_head(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     """The structure of a classifier with a reshaped head, from its record; the layer is replaced in place."""
-    old = _linear(module, record["path"])
+    old = module.get_submodule(record["path"])
+    assert isinstance(old, nn.Linear)
     head = nn.utils.skip_init(nn.Linear, old.in_features, record["classes"], record["bias"])
     head = head.to(old.weight.device, old.weight.dtype).train(old.training)
     if not record["path"]:
@@ -85,7 +85,7 @@ def reshape_head(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     parent, _, name = record["path"].rpartition(".")
     setattr(module.get_submodule(parent), name, head)
     if isinstance(getattr(module, "num_classes", None), int):
-        module.num_classes = record["classes"]
+        setattr(module, "num_classes", record["classes"])  # noqa: B010
     config: Any = getattr(module, "config", None)
     if hasattr(config, "num_labels"):
         config.num_labels = record["classes"]
@@ -96,12 +96,16 @@ def reshape_head(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
 class AlignHead:
     """Copy a classifier and scale the rows of its newest classes to the mean norm of the older ones.
 
-    `w_c <- gamma w_c` for `c >= old` with `gamma` of `alignment` (Zhao et al. 2020, section 3.3); a bias stays as it is.
+    `w_c <- gamma w_c` for `c >= old` with `gamma` of `alignment` (Zhao et al. 2020).
 
     Args:
         old: Number of older classes, whose rows come first; at least 1, and below the number of classes.
         norm: Order of the norm of a row, `> 0`.
         clamp: Whether `gamma` is 1 at most.
+        bias: Whether biases of the newest classes are scaled as well, so that whole logits are.
+
+    Raises:
+        UsageError: There is no old or no new class.
 
     Example:
         >>> head = nn.Linear(2, 2, bias=False)
@@ -114,15 +118,18 @@ class AlignHead:
     old: int
     norm: float = 2.0
     clamp: bool = False
+    bias: bool = False
 
     def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """The aligned classifier and the record; the structure is that of before."""
         aligned = copy.deepcopy(module)
-        weight = head_of(aligned).weight
+        head = head_of(aligned)
         with torch.no_grad():
-            weight[self.old :] *= alignment(weight, self.old, self.norm, self.clamp)
-        record = {"kind": f"{__name__}:align_head", "old": self.old, "norm": self.norm, "clamp": self.clamp}
-        return aligned, record
+            gamma = alignment(head.weight, self.old, self.norm, self.clamp)
+            head.weight[self.old :] *= gamma
+            if self.bias and head.bias is not None:
+                head.bias[self.old :] *= gamma
+        return aligned, {"kind": f"{__name__}:align_head", "old": self.old}
 
 
 def align_head(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
@@ -133,13 +140,13 @@ def align_head(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
 def alignment(weight: Tensor, old: int, norm: float = 2.0, clamp: bool = False) -> Tensor:
     """By how much the rows of new classes are too short: the mean norm of old rows over that of new ones.
 
-    `gamma = mean_{c < old} ||w_c||_p / mean_{c >= old} ||w_c||_p` (Zhao et al. 2020, section 3.3).
+    `gamma = mean_{c < old} ||w_c||_p / mean_{c >= old} ||w_c||_p` (Zhao et al. 2020).
 
     Args:
         weight: Rows of the classes `[C, d]`, the old ones first.
         old: Number of old classes, 1 to C - 1.
         norm: `p > 0`.
-        clamp: Whether it is 1 at most, as in the official code.
+        clamp: Whether it is 1 at most.
 
     Returns:
         Scalar; 1 where the rows on one side are all zero.
@@ -157,54 +164,3 @@ def alignment(weight: Tensor, old: int, norm: float = 2.0, clamp: bool = False) 
     before, after = norms[:old].mean(), norms[old:].mean()
     gamma = torch.where((before > _SMALL) & (after > _SMALL), before / after.clamp_min(_SMALL), torch.ones_like(after))
     return gamma.clamp_max(1) if clamp else gamma
-
-
-def head_path(module: nn.Module) -> str:
-    """The dotted path of a classifier's last linear layer; empty where the model is that layer itself.
-
-    Raises:
-        UsageError: It has none.
-
-    Example:
-        >>> head_path(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3)))
-        '1'
-    """
-    paths = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-    if not paths:
-        raise UsageError(
-            "there is no classifier to change",
-            where=type(module).__name__,
-            expected="a model whose last linear layer gives the logits",
-            fix="wrap the model in one that ends in a torch.nn.Linear",
-        )
-    return paths[-1]
-
-
-def head_of(module: nn.Module) -> nn.Linear:
-    """A classifier's last linear layer."""
-    return _linear(module, head_path(module))
-
-
-@contextmanager
-def head_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What enters a classifier's last linear layer, one tensor for each call while the block runs.
-
-    Example:
-        >>> net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-        >>> with head_inputs(net) as features:
-        ...     logits = net(torch.ones(2, 2, 2))
-        >>> features[0].shape
-        torch.Size([2, 4])
-    """
-    found: list[Tensor] = []
-    hook = head_of(module).register_forward_pre_hook(lambda _, args: found.append(args[0]))
-    try:
-        yield found
-    finally:
-        hook.remove()
-
-
-def _linear(module: nn.Module, path: str) -> nn.Linear:
-    head = module.get_submodule(path)
-    assert isinstance(head, nn.Linear)
-    return head

@@ -1,7 +1,6 @@
-"""A discriminator that tells one model's logits from another's, and the reversal of its gradient."""
+"""A discriminator that tells one model's logits from another's."""
 
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,7 @@ class LogitDiscriminator(nn.Module):
 
     Args:
         classes: C.
-        last_relu: Whether a ReLU follows the last layer too, as in the official code. It keeps the outputs from falling
+        last_relu: Whether a ReLU follows the last layer too, as in the official code. It keeps the scores from falling
             below 0, so that `discrimination` cannot fall below `0.5 ln 2`, and a layer that is dead stays so at `ln 2`.
         generator: Draws the weights, uniform within `1 / sqrt(fan in)`; default one seeded with 0.
 
@@ -25,9 +24,8 @@ class LogitDiscriminator(nn.Module):
     def __init__(self, classes: int, last_relu: bool = False, generator: torch.Generator | None = None) -> None:
         super().__init__()
         generator = generator or torch.Generator().manual_seed(0)
-        widths = [classes, max(2, classes // 8), max(2, classes // 64), 2]
         layers: list[nn.Module] = []
-        for a, b in pairwise(widths):
+        for a, b in pairwise([classes, max(2, classes // 8), max(2, classes // 64), 2]):
             layer = nn.utils.skip_init(nn.Linear, a, b)  # the constructor would draw from the global generator
             for p in layer.parameters():
                 nn.init.uniform_(p, -(a**-0.5), a**-0.5, generator=generator)
@@ -55,26 +53,3 @@ def discrimination(scores: Tensor, first: int) -> Tensor:
     """
     mine = (torch.arange(len(scores), device=scores.device) < first).to(scores.dtype)
     return F.binary_cross_entropy_with_logits(scores, torch.stack([mine, 1 - mine], 1))
-
-
-class _Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return -gradients[0]
-
-
-def reverse_gradient(x: Tensor) -> Tensor:
-    """The same values, with the gradient negated on the way back (Ganin and Lempitsky 2015, section 3).
-
-    Example:
-        >>> x = torch.ones(2, requires_grad=True)
-        >>> reverse_gradient(x).sum().backward()
-        >>> x.grad.tolist()
-        [-1.0, -1.0]
-    """
-    reversed_: Tensor = _Reverse.apply(x)
-    return reversed_

@@ -1,0 +1,1 @@
+"""Ensemble distillation into a well-initialised student (MEAL V2)."""

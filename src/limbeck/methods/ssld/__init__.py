@@ -1,0 +1,1 @@
+"""Simple semi-supervised label distillation (SSLD)."""

@@ -1,0 +1,1 @@
+"""Weight aligning for class-incremental learning (Zhao et al. 2020)."""
