@@ -1,6 +1,6 @@
 """A step of LELP over a step of distillation: the same two transformers, taking turns in one run.
 
-    python benchmarks/lelp_step.py --out benchmarks/results/lelp-step.json
+python benchmarks/lelp_step.py --out benchmarks/results/lelp-step.json
 """
 
 import time

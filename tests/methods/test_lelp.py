@@ -318,6 +318,27 @@ def test_subspaces_from_stored_outputs_are_those_of_the_teacher(tmp_path):
         torch.testing.assert_close(a.T @ a, b.T @ b, atol=0.01, rtol=0)
 
 
+class Hidden(nn.Module):
+    """What its head reads is no layer's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 24), nn.Linear(24, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x) + 1)
+
+
+def test_an_embedding_that_no_layer_gives_is_not_stored(tmp_path):
+    tree = {"teacher": "t", "student": "s", "data": "d", "method": {"name": "lelp"}, "cache": str(tmp_path / "cache")}
+    recipe = Recipe.parse({**tree, "out": str(tmp_path / "run")})
+    job = assemble(recipe, {"teacher": Hidden()}, mlp(6, 8, 2), Data(train=world()), {}, None)
+    with pytest.raises(UsageError, match="embedding cannot be stored") as error:
+        run(job, progress="off")
+    assert "without stored outputs" in error.value.fix
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_store_without_the_embedding_is_refused(tmp_path):
     source = TensorSource(X, Y)
     m = Roles(teacher=Cached(collect(teacher(), source, tmp_path / "store")), student=student())

@@ -51,7 +51,8 @@ class Counted(WA):
 
     def step(self, m: Roles, batch: Batch, increment: int = 1) -> Iterator[Update]:
         """One update of the student."""
-        with count_passes(**{name: m[name].module for name in self.passes if name in m}) as found:
+        models: dict[str, Any] = {name: m[name].module for name in self.passes if name in m}
+        with count_passes(**models) as found:
             yield from super().step(m, batch, increment)
         for name, one in found.items():
             for count, value in vars(one).items():

