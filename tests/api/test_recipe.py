@@ -143,3 +143,18 @@ def test_schema_accepts_what_parse_accepts():
 
 def test_descriptions_of_several_lines():
     assert descriptions(Recipe)["cache"].endswith("None runs the teacher in every step.")
+
+
+def test_only_what_names_a_file_is_looked_for_beside_the_recipe(tmp_path):
+    """Folders that happen to have the name of a method, a column or a class change nothing."""
+    for name in ("kd", "label", "cat"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "r.yaml").write_text(
+        "student: s\nmethod: {name: kd}\ndata: {spec: digits, label: label, classes: [cat, dog], unlabelled: pool}"
+    )
+    recipe = Recipe.load(tmp_path / "r.yaml")
+    assert isinstance(recipe.method, KD)
+    assert recipe.data == {
+        "spec": "digits", "label": "label", "classes": ["cat", "dog"], "unlabelled": str(tmp_path / "pool")
+    }  # fmt: skip

@@ -414,7 +414,7 @@ def named(seen, kind):
 def test_an_estimated_chain_trains_once_and_then_twice_for_each_generation():
     seen, result = chain(SelfDistillation(generations=2))
     assert named(seen, Train) == ["first", "unguided_1", "generation_1", "unguided_2", "generation_2"]
-    assert named(seen, Collect) == ["first_outputs", "label_weight_1", "label_weight_2"]
+    assert named(seen, Collect) == ["held_out", "first_outputs", "label_weight_1", "label_weight_2"]
     weights = [s.value for s in result.results if hasattr(s, "value") and isinstance(s.value, float)]
     assert all(0 <= w <= 1 for w in weights)
     assert len(weights) == 2
@@ -524,7 +524,9 @@ def test_distill_with_a_teacher_and_without_one(tmp_path):
         assert (out / "report.html").exists()
 
 
-def test_bad_input_is_refused(tmp_path):
+def test_bad_input_is_refused():
+    with pytest.raises(UsageError, match="norm_penalty"):
+        SelfDistillation(norm_penalty=-1)
     for field in (
         {"generations": 0},
         {"label_weight": 1.1},
@@ -535,11 +537,11 @@ def test_bad_input_is_refused(tmp_path):
         with pytest.raises(UsageError, match=next(iter(field))):
             SelfDistillation(**field)
     data, method = world(), SelfDistillation()
-    with pytest.raises(UsageError, match="held-out"):
-        method.check_data(Data(train=data.train))
+    with pytest.raises(UsageError, match=r"data\.validation"):  # before any training
+        execute(method, Roles(student=mlp(6, 4)), Data(train=data.train), ENGINE)
     with pytest.raises(UsageError, match="trained on"):
         method.check_data(Data(train=data.train, validation=data.train.subset(range(20))))
-    with pytest.raises(UsageError, match="on labels"):
+    with pytest.raises(UsageError, match="no labels"):
         method.check_data(Data(train=data.train, validation=TensorSource(torch.randn(9, 6))))
     SelfDistillation(label_weight=0.5).check_data(Data(train=data.train))
     method.check_data(data)
@@ -549,3 +551,23 @@ def test_bad_input_is_refused(tmp_path):
         method.check(Roles(teacher=mlp(6, 4), student=mlp(6, 3)), Batch(x=POINTS, y=LABELS))
     with pytest.raises(UsageError, match="number"):
         method.step(roles(), Batch(x=POINTS, y=LABELS))
+
+
+# The claims of the theory on real data
+
+
+def test_what_the_card_says_of_kernel_ridge_regression():
+    pytest.importorskip("sklearn")
+    from limbeck.methods.self_distillation.proof import ridge
+
+    found = ridge(penalties=(0.1, 1.0))
+    small, large = found[0.1], found[1.0]
+    # Enough regularisation: more of it is worse, and the estimated weights keep the chain where it was.
+    assert large.unguided[3] > large.unguided[2] > large.unguided[0]
+    assert max(abs(error / large.guided[0] - 1) for error in large.guided) < 0.02
+    # Too little: both are better than the teacher.
+    assert small.unguided[3] < small.unguided[1] < small.unguided[0]
+    assert small.guided[3] < 0.95 * small.guided[0]
+    assert small.weights[0] < 0.1
+    for one in found.values():  # the estimated weight is as good as a searched one
+        assert np.mean(one.first) == pytest.approx(np.mean(one.searched), rel=0.005)

@@ -285,12 +285,16 @@ def _resolve(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
             return [walk(v) for v in value]
         return {k: walk(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-    tree = tree | {name: walk(tree[name]) for name in ("teacher", "student", "data") if name in tree}
+    tree = tree | {name: walk(tree[name]) for name in ("teacher", "student") if name in tree}
     tree |= {name: str(folder / tree[name]) for name in ("cache", "out") if isinstance(tree.get(name), str)}
+    if isinstance(data := tree.get("data"), dict):  # other options are names of columns and classes
+        tree["data"] = data | {name: walk(data[name]) for name in ("spec", "unlabelled") if name in data}
+    elif "data" in tree:
+        tree["data"] = walk(data)
     block = tree.get("method")
-    if isinstance(block, str):
+    if isinstance(block, str) and ".py:" in block:
         tree["method"] = path(block)
-    elif isinstance(block, dict) and isinstance(block.get("name"), str):
+    elif isinstance(block, dict) and ".py:" in str(block.get("name")):
         tree["method"] = block | {"name": path(block["name"])}
     return tree
 

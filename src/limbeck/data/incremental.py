@@ -147,7 +147,8 @@ class Increments:
         labels = self.source.labels
         new = (labels >= self.seen(step - 1)) & (labels < self.seen(step))
         kept = torch.isin(self.source.ids, torch.cat(list(memory))) if memory else torch.zeros_like(new)
-        return self.source.subset((new | kept).nonzero().flatten())
+        arrived = Relabelled(self.source.source, self.order[: self.seen(step)])  # which knows of no other class
+        return arrived.subset((new | kept).nonzero().flatten())
 
     def of_class(self, place: int) -> Rows:
         """The samples of the class at a place of the order."""

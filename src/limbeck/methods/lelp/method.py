@@ -115,7 +115,8 @@ class LELP(Method):
             m: Roles with a `teacher` and a `student`.
             source: The training data; one pass of the teacher over it.
         """
-        m.subspaces = coordinates(self.fit(m, source))
+        device = next((p.device for p in m.teacher.module.parameters()), torch.device("cpu"))
+        m.subspaces = coordinates(self.fit(m, source)).to(device)
         m.freeze("subspaces")
         m.convert("student", AddSubclasses(self.subclasses, self.temperature))
 

@@ -90,24 +90,14 @@ class SelfDistillation(Method):
 
     def check_data(self, data: Any) -> None:
         """Label weights are estimated on labelled samples that are not trained on."""
-        if self.label_weight != "estimate":
-            return
-        held = data.get("validation")
-        fix = "give data.validation, or set label_weight to a number"
-        if held is None:
-            raise UsageError("label weights are estimated on held-out data", where="data.validation", fix=fix)
-        if held is data.train or torch.isin(held.ids, data.train.ids).all():
-            raise UsageError(
-                "label weights are estimated on data that are trained on", where="data.validation", found="data.train", fix=fix
-            )  # fmt: skip
-        if "y" not in held.batch(torch.zeros(1, dtype=torch.int64), 0):
-            raise UsageError(
-                "label weights are estimated on labels", where="data.validation", found="none", fix=fix
-            )  # fmt: skip
+        if self.label_weight == "estimate" and "validation" in data:  # a plan has none
+            _check_held_out(data)
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """The first fit, if none is given; then the generations."""
         previous, estimates = "teacher" if "teacher" in m else "previous", self.label_weight == "estimate"
+        if estimates:  # before the work begins
+            yield Collect("held_out", lambda m, folder: _check_held_out(data))
         if self.restart == "initial":
             yield Convert("initial", Copy(), of="student", name="initial")
         if previous == "previous":
@@ -115,14 +105,12 @@ class SelfDistillation(Method):
             yield Convert("previous", Copy(), of="student", name="previous_0")
         first: Any = None
         if estimates:
-            first = (
-                yield Collect("first_outputs", partial(_probabilities, role=previous, source=data.validation))
-            ).value
+            first = (yield Collect("first_outputs", partial(_probabilities, data, previous))).value
         for t in range(1, self.generations + 1):
             weight = self.label_weight
             if estimates:
                 yield from self._fit(m, data, 0.0, previous, f"unguided_{t}")
-                weight = (yield Collect(f"label_weight_{t}", partial(_estimate, first, data.validation), 0.5)).value
+                weight = (yield Collect(f"label_weight_{t}", partial(_estimate, data, first), 0.5)).value
             yield from self._fit(m, data, float(weight), previous, f"generation_{t}")
             if t < self.generations:
                 previous = "previous"
@@ -169,12 +157,28 @@ class SelfDistillation(Method):
         return Update("student", loss, logs=parts)
 
 
-def _probabilities(m: Roles, folder: Any, *, role: str, source: Source) -> Tensor:
-    return predict(m[role], source)[0].softmax(-1)
+def _check_held_out(data: Any) -> int:
+    """The number of held-out samples; an error where there are none that will do."""
+    held, fix = data.validation, "give data.validation, or set label_weight to a number"
+    found = None
+    if torch.isin(held.ids, data.train.ids).all():
+        found = "samples that are trained on"
+    elif "y" not in held.batch(torch.zeros(1, dtype=torch.int64), 0):
+        found = "no labels"
+    if found is not None:
+        raise UsageError(
+            "label weights are estimated on held-out data", where="data.validation", found=found,
+            expected="labelled samples that are not trained on", fix=fix,
+        )  # fmt: skip
+    return len(held)
 
 
-def _estimate(first: Tensor, source: Source, m: Roles, folder: Any) -> float:
-    return estimate_label_weight(m.student, first, source)
+def _probabilities(data: Any, role: str, m: Roles, folder: Any) -> Tensor:
+    return predict(m[role], data.validation)[0].softmax(-1)
+
+
+def _estimate(data: Any, first: Tensor, m: Roles, folder: Any) -> float:
+    return estimate_label_weight(m.student, first, data.validation)
 
 
 def estimate_label_weight(student: Role, first: Tensor, source: Source) -> float:
