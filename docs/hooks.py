@@ -56,11 +56,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the marks `fields module:Class`, `file path`, `commands` and `methods` (in comments) by what they stand for."""
+    """Replace the marks `fields module:Class`, `file path`, `results name`, `commands`, `methods` and `steps` (in comments)."""
     markdown = re.sub(r"<!-- file (\S+) -->", lambda m: file_block(m[1]), markdown)
     markdown = re.sub(r"<!-- fields (\S+) -->", lambda m: fields_table(find(m[1])), markdown)
-    made = {"commands": commands, "methods": lambda: methods_table("methods/")}
-    return re.sub(r"<!-- (commands|methods) -->", lambda m: made[m[1]](), markdown)
+    markdown = re.sub(r"<!-- results (\S+) -->", lambda m: results_table(read_result(m[1])), markdown)
+    made = {
+        "commands": commands,
+        "methods": lambda: methods_table("methods/"),
+        "steps": lambda: steps_table(read_result("steps")),
+    }
+    return re.sub(r"<!-- (commands|methods|steps) -->", lambda m: made[m[1]](), markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -117,6 +122,34 @@ def methods_table(folder: str) -> str:
         data, proof = registry.card(name).metadata, read_proof(name)
         cells = [f"[{name}]({folder}{name}.md)", f"{data.get('paper', '')} ({data.get('year', '')})"]
         rows.append(row([*cells, words(data.get("needs", "")), "none yet" if proof is None else proof["verdict"]]))
+    return "\n".join(rows)
+
+
+def read_result(name: str) -> dict[str, Any]:
+    """The committed result of a benchmark."""
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def results_table(found: dict[str, Any]) -> str:
+    """The arms of a comparison with the labels alone, best first."""
+    against = {c["arm"]: c for c in found["comparisons"]}
+    order = sorted(found["arms"], key=lambda name: -found["summary"][name]["mean"])
+    rows = [f"| method | {found['metric']} | over the labels alone | tuned |", "|---|---|---|---|"]
+    for name in order:
+        summary, tuning = found["summary"][name], found["tuning"][name]["tunes"]
+        difference = "" if (c := against.get(name)) is None else f"{c['mean']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}]"
+        rows.append(row([name, f"{summary['mean']:.1f} ± {summary['deviation']:.1f}", difference, tuning]))
+    return "\n".join([f"{found['task']}.", "", *rows])
+
+
+def steps_table(found: dict[str, Any]) -> str:
+    """What a step of each method costs."""
+    rows = ["| method | classes | a step over a step of `kd` | quartiles |", "|---|---|---|---|"]
+    for classes, part in found.items():
+        for name, ratio in part.get("over_kd", {}).items():
+            quartiles = f"{ratio['q1']:.2f} to {ratio['q3']:.2f}"
+            rows.append(row([name, classes.split()[0], f"{ratio['median']:.2f}", quartiles]))
     return "\n".join(rows)
 
 

@@ -414,7 +414,7 @@ def named(seen, kind):
 def test_an_estimated_chain_trains_once_and_then_twice_for_each_generation():
     seen, result = chain(SelfDistillation(generations=2))
     assert named(seen, Train) == ["first", "unguided_1", "generation_1", "unguided_2", "generation_2"]
-    assert named(seen, Collect) == ["held_out", "first_outputs", "label_weight_1", "label_weight_2"]
+    assert named(seen, Collect) == ["first_outputs", "label_weight_1", "label_weight_2"]
     weights = [s.value for s in result.results if hasattr(s, "value") and isinstance(s.value, float)]
     assert all(0 <= w <= 1 for w in weights)
     assert len(weights) == 2

@@ -109,6 +109,7 @@ def execute(
         3.0
     """
     engine = engine or Engine()
+    method.check_data(data)
     run = Run(method, roles, data, engine, dict(optim or {}), evaluate, Path(out) if out is not None else None)
     run.progress = make_progress(progress, run.runtime.rank) if isinstance(progress, str) else progress
     with run.signal:

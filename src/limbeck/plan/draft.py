@@ -25,8 +25,6 @@ from limbeck.models.load import load_model, model_image_size, model_preprocess, 
 from limbeck.models.specs import is_object
 from limbeck.teachers import Ensemble
 
-JUDGED = ("validation", "test")  # splits that training never sees
-
 
 @dataclass(frozen=True)
 class Draft:
@@ -62,12 +60,17 @@ class Shapes(Rows):
         x: Shape and dtype of one sample, by name where a sample has several parts.
         samples: How many there would be.
         classes: Number of classes, equally many samples of each; None for samples without labels.
+        first: The first id.
     """
 
     def __init__(
-        self, x: Mapping[str, tuple[tuple[int, ...], torch.dtype]], samples: int, classes: int | None = None
+        self,
+        x: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+        samples: int,
+        classes: int | None = None,
+        first: int = 0,
     ) -> None:
-        self.x, self.ids, self.views = x, torch.arange(samples), 0
+        self.x, self.ids, self.views = x, first + torch.arange(samples), 0
         self.labels = None if classes is None else self.ids % classes
 
     def batch(self, rows: Tensor, view: int) -> Batch:
@@ -104,7 +107,7 @@ def draft(recipe: Recipe, samples: int | None = None) -> Draft:
     student, _ = student_of(recipe.student, teacher, classes, _load)
     taught = None
     if found is not None:
-        read, other = tokenised(Data(**{n: s for n, s in found.items() if n not in JUDGED}), teacher, student)
+        read, other = tokenised(Data(**{n: s for n, s in found.items() if n != "test"}), teacher, student)
         data, taught = read, None if other is None else other.train
     else:
         count = samples or recipe.engine.batch_size
@@ -151,14 +154,16 @@ def _shapes(spec: str, options: Mapping[str, Any], reader: nn.Module, samples: i
             raise _unknown(spec, "data.max_length", "the number of tokens of a text")
         tokens = ((known.max_length,), torch.int64)
         x: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = {"input_ids": tokens, "attention_mask": tokens}
-        classes = None if known.label is None else classes
+        classes = None if known.label is None else classes or 1
     else:
         size = known.image_size or model_image_size(reader)
         if size is None:
             raise _unknown(spec, "data.image_size", "the pixels of a side of an image")
-        x = {"x": ((3, size, size), torch.float32)}
-    unlabelled = None if known.unlabelled is None else Shapes(x, samples)
-    return Data(train=Shapes(x, samples, classes or 1), unlabelled=unlabelled)
+        x, classes = {"x": ((3, size, size), torch.float32)}, classes or 1
+    pool = None if known.unlabelled is None else Shapes(x, samples)
+    return Data(
+        train=Shapes(x, samples, classes), validation=Shapes(x, samples, classes, first=samples), unlabelled=pool
+    )
 
 
 def _unknown(spec: str, field: str, what: str) -> UsageError:

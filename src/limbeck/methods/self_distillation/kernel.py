@@ -9,7 +9,6 @@ calls alpha.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +40,7 @@ def distill_steps(
         >>> distill_steps(np.eye(2), [1.0, 2.0], alpha=1.0, label_weight=0.5, steps=3).tolist()
         [[0.5, 1.0], [0.375, 0.75], [0.34375, 0.6875]]
     """
-    values, vectors, y = _decompose(kernel, y, alpha)
+    values, vectors, y = eigenbasis(kernel, y, alpha)
     return _spread(shrinkage(values, alpha, weights_of(label_weight, steps)), vectors, y)
 
 
@@ -65,8 +64,23 @@ def distill_duals(
         array([[0.5 , 1.  ],
                [0.25, 0.5 ]])
     """
-    values, vectors, y = _decompose(kernel, y, alpha)
-    weights = weights_of(label_weight, steps)
+    return duals_in(eigenbasis(kernel, y, alpha), alpha, weights_of(label_weight, steps))
+
+
+def duals_in(basis: tuple[Array, Array, Array], alpha: float, weights: Array) -> Array:
+    """As `distill_duals`, from a decomposition that is at hand.
+
+    Args:
+        basis: What `eigenbasis` returns.
+        alpha: Penalty, above 0.
+        weights: `w_t` of each step after the first `[steps - 1]`.
+
+    Example:
+        >>> duals_in(eigenbasis(np.eye(2), [1.0, 2.0], 1.0), 1.0, np.array([0.0]))
+        array([[0.5 , 1.  ],
+               [0.25, 0.5 ]])
+    """
+    values, vectors, y = basis
     before = shrinkage(values, alpha, weights)[:-1]  # [steps - 1, n]
     mixed = np.concatenate([np.ones((1, len(values))), weights[:, None] + (1 - weights[:, None]) * before])
     return _spread(mixed / (values + alpha), vectors, y)
@@ -118,7 +132,7 @@ def distilled(kernel: npt.ArrayLike, y: npt.ArrayLike, *, alpha: float, label_we
         [0.34375, 0.6875]
     """
     weights_of(label_weight, step)
-    values, vectors, y = _decompose(kernel, y, alpha)
+    values, vectors, y = eigenbasis(kernel, y, alpha)
     a = values / (values + alpha)
     ratio, terms = (1 - label_weight) * a, step - 1
     close = ratio == 1  # only where rounding makes a 1, and there is no label in the mix
@@ -146,7 +160,7 @@ def limit(kernel: npt.ArrayLike, y: npt.ArrayLike, *, alpha: float, label_weight
     """
     if not 0 <= label_weight <= 1:
         raise UsageError("label_weight is out of range", where="label_weight", found=label_weight, expected="in [0, 1]")
-    values, vectors, y = _decompose(kernel, y, alpha)
+    values, vectors, y = eigenbasis(kernel, y, alpha)
     return _spread((label_weight * values / (label_weight * values + alpha))[None], vectors, y)[0]
 
 
@@ -208,7 +222,24 @@ def weights_of(label_weight: float | Sequence[float], steps: int) -> Array:
     return weights
 
 
-def _decompose(kernel: Any, y: Any, alpha: float) -> tuple[Array, Array, Array]:
+def eigenbasis(kernel: npt.ArrayLike, y: npt.ArrayLike, alpha: float) -> tuple[Array, Array, Array]:
+    """Eigenvalues and eigenvectors of a kernel matrix, and the targets, once they are seen to fit.
+
+    Args:
+        kernel: Gram matrix `[n, n]`, symmetric and positive semi-definite.
+        y: Targets `[n]` or `[n, k]`.
+        alpha: Penalty, above 0.
+
+    Returns:
+        Values `[n]`, 0 or more, vectors `[n, n]` in columns, and targets in float64.
+
+    Raises:
+        UsageError: Shapes or ranges do not fit.
+
+    Example:
+        >>> eigenbasis([[2.0]], [3.0], alpha=1.0)[0]
+        array([2.])
+    """
     kernel, y = np.asarray(kernel, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if not alpha > 0:
         raise UsageError("alpha is out of range", where="alpha", found=alpha, expected="a penalty above 0")

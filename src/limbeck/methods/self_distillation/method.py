@@ -90,14 +90,12 @@ class SelfDistillation(Method):
 
     def check_data(self, data: Any) -> None:
         """Label weights are estimated on labelled samples that are not trained on."""
-        if self.label_weight == "estimate" and "validation" in data:  # a plan has none
+        if self.label_weight == "estimate":
             _check_held_out(data)
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """The first fit, if none is given; then the generations."""
         previous, estimates = "teacher" if "teacher" in m else "previous", self.label_weight == "estimate"
-        if estimates:  # before the work begins
-            yield Collect("held_out", lambda m, folder: _check_held_out(data))
         if self.restart == "initial":
             yield Convert("initial", Copy(), of="student", name="initial")
         if previous == "previous":
@@ -157,8 +155,8 @@ class SelfDistillation(Method):
         return Update("student", loss, logs=parts)
 
 
-def _check_held_out(data: Any) -> int:
-    """The number of held-out samples; an error where there are none that will do."""
+def _check_held_out(data: Any) -> None:
+    """There are held-out samples that will do."""
     held, fix = data.validation, "give data.validation, or set label_weight to a number"
     found = None
     if torch.isin(held.ids, data.train.ids).all():
@@ -170,7 +168,6 @@ def _check_held_out(data: Any) -> int:
             "label weights are estimated on held-out data", where="data.validation", found=found,
             expected="labelled samples that are not trained on", fix=fix,
         )  # fmt: skip
-    return len(held)
 
 
 def _probabilities(data: Any, role: str, m: Roles, folder: Any) -> Tensor:

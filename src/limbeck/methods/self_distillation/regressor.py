@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from limbeck.core.errors import UsageError, require
-from limbeck.methods.self_distillation.kernel import Array, distill_duals, optimal_label_weight, weights_of
+from limbeck.methods.self_distillation.kernel import Array, duals_in, eigenbasis, optimal_label_weight, weights_of
 
 require("sklearn", extra="vision")
 
@@ -62,7 +62,7 @@ class SelfDistillationRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator)
         self.kernel_params = kernel_params
 
     def fit(self, X: Any, y: Any, X_val: Any = None, y_val: Any = None) -> SelfDistillationRegressor:
-        """Fit all steps, with one decomposition of the kernel matrix for each label weight that has to be found.
+        """Fit all steps, with one decomposition of the kernel matrix.
 
         Args:
             X: Points `[n, d]`.
@@ -74,13 +74,13 @@ class SelfDistillationRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator)
             UsageError: "auto" without held-out data, or a parameter out of range.
         """
         X, y = validate_data(self, X, y, multi_output=True, y_numeric=True, dtype=np.float64)
-        gram = self._kernel(X)
+        basis = eigenbasis(self._kernel(X), y, self.alpha)
         self.X_fit_ = X
         if isinstance(self.label_weight, str):
-            self.label_weights_ = self._estimate(gram, y, X_val, y_val)
+            self.label_weights_ = self._estimate(basis, X_val, y_val)
         else:
             self.label_weights_ = weights_of(self.label_weight, self.steps)
-        self.dual_coefs_ = self._duals(gram, y, self.label_weights_)
+        self.dual_coefs_ = duals_in(basis, self.alpha, self.label_weights_)
         self.dual_coef_ = self.dual_coefs_[-1]
         return self
 
@@ -97,7 +97,7 @@ class SelfDistillationRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator)
         for duals in self.dual_coefs_:
             yield kernel @ duals
 
-    def _estimate(self, gram: Array, y: Array, X_val: Any, y_val: Any) -> Array:
+    def _estimate(self, basis: tuple[Array, Array, Array], X_val: Any, y_val: Any) -> Array:
         """Step by step the label weight that held-out targets ask for, kept in [0, 1]."""
         if self.label_weight != "auto":
             raise UsageError("unknown label_weight", where="label_weight", found=self.label_weight, expected="auto")
@@ -112,12 +112,9 @@ class SelfDistillationRegressor(MultiOutputMixin, RegressorMixin, BaseEstimator)
         held = self._kernel(self._checked(X_val), self.X_fit_)  # [m, n]
         weights = list[float]()
         for _ in range(self.steps - 1):
-            duals = self._duals(gram, y, [*weights, 0.0])
+            duals = duals_in(basis, self.alpha, np.array([*weights, 0.0]))
             weights.append(optimal_label_weight(y_val, held @ duals[0], held @ duals[-1]))
         return weights_of(weights, self.steps)
-
-    def _duals(self, gram: Array, y: Array, weights: Sequence[float] | Array) -> Array:
-        return distill_duals(gram, y, alpha=self.alpha, label_weight=list(weights), steps=len(weights) + 1)
 
     def _checked(self, X: Any) -> Any:
         return validate_data(self, X, reset=False, dtype=np.float64)
