@@ -42,6 +42,7 @@ def distill(
     engine: Engine | Mapping[str, Any] | None = None,
     optim: Mapping[str, Any] | None = None,
     pretrained: bool = True,
+    cache: str | os.PathLike[str] | None = None,
     progress: str = "auto",
     **fields: Any,
 ) -> Result:
@@ -59,6 +60,7 @@ def distill(
         engine: How it is executed.
         optim: How each role is optimised: `Optim`, its fields, or a function from a module to an optimizer.
         pretrained: Whether a student of a library starts from the library's trained weights, or from random ones.
+        cache: A folder for the teacher's outputs on the training data, which then stand in for the teacher.
         progress: `"auto"`, `"bar"`, `"lines"` or `"off"`.
         **fields: Hyper-parameters of the method, where it is given by name.
 
@@ -83,6 +85,7 @@ def distill(
         "teacher": None if teacher is None else describe(teacher),
         "student": describe(student),
         "pretrained": pretrained,
+        "cache": None if cache is None else os.fspath(cache),
         "data": describe(data),
         "method": method or default_method(teacher),
         "engine": plain(engine or {}),

@@ -79,6 +79,12 @@ def held_out() -> Data:
     return Data(train=whole.subset(range(48)), validation=whole.subset(range(48, 72)))
 
 
+def sources() -> Roles:
+    """Two networks with classes of their own, and a narrow one with those of the data."""
+    given = {f"teacher_{i}": seeded(i, lambda i=i: mlp(INPUTS, 24, 3 + i)) for i in range(2)}
+    return Roles(**given, student=seeded(1, lambda: mlp(INPUTS, 8, CLASSES)))
+
+
 def images() -> Data:
     """48 unlabelled images of 8 x 8 pixels with a bright spot in one of four places, and as many labelled ones."""
 
@@ -123,6 +129,8 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "roles": taught_by_two,
         "exceptions": {"own_loop": MADE, "no_wait": MADE},
     },
+    "distill_nearest": {"roles": sources, "data": pooled, "exceptions": {"own_loop": MADE, "no_wait": MADE}},
+    "distill_weighted": {"roles": sources, "data": pooled, "exceptions": {"own_loop": MADE, "no_wait": MADE}},
     "wad": {
         "method": lambda: registry.find("wad")(promotions=2),
         "data": pooled,

@@ -151,10 +151,9 @@ def test_it_learns_from_the_pool():
 
 
 def test_bad_input_is_refused(tmp_path):
+    data = (torch.randn(80, 6), torch.arange(80) % 4)
     with pytest.raises(UsageError, match=r"data\.unlabelled"):
-        limbeck.distill(
-            mlp(6, 16, 4), mlp(6, 8, 4), (X, torch.arange(8) % 4), "ssld", images_per_class=5, out=tmp_path / "run"
-        )
+        limbeck.distill(mlp(6, 16, 4), mlp(6, 8, 4), data, "ssld", images_per_class=5, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     for field in (
         {"images_per_class": 0},

@@ -11,7 +11,9 @@ import typer
 def distill(
     teacher: Annotated[
         list[str] | None,
-        typer.Option(help="timm:NAME, torchvision:NAME, hf:NAME, st:NAME, file.py:function; several times for several."),
+        typer.Option(
+            help="timm:NAME, torchvision:NAME, hf:NAME, st:NAME, file.py:function; several times for several."
+        ),
     ] = None,
     student: Annotated[str | None, typer.Option(help="The same forms, and layers:N, static.")] = None,
     data: Annotated[str | None, typer.Option(help="A data set by name, file or folder.")] = None,

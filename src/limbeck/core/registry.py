@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from limbeck.core.method import Method
 
 METHODS: Mapping[str, str] = {
+    "distill_nearest": "limbeck.methods.distill_nearest.method:DistillNearest",
+    "distill_weighted": "limbeck.methods.distill_weighted.method:DistillWeighted",
     "embedding": "limbeck.methods.embedding.method:Embedding",
     "kd": "limbeck.methods.kd.method:KD",
     "kd3": "limbeck.methods.kd3.method:KD3",

@@ -43,3 +43,32 @@ def superclasses(seed: int = 0, per_class: int = 60) -> Data:
         return torch.cat([torch.tanh(z @ mixing), torch.sin(z)], dim=1)
 
     return Data(**{split: TensorSource(draw(), y, classes=names) for split in ("train", "validation", "test")})
+
+
+def concepts(seed: int, *counts: int) -> list[tuple[Tensor, Tensor]]:
+    r"""Points in which four concepts are mixed, each with eight values: tasks on them are related as far as concepts are.
+
+    A point is four codes of 6 dimensions, one for the value of each concept, `N(0, 1.2^2)` once for all points, plus noise
+    `N(0, 0.6^2)`, turned by a random rotation R and bent: $x = \tanh(zR) \in R^{24}$.
+
+    Args:
+        seed: Seed of codes, rotation and points.
+        *counts: Points of each set that is drawn.
+
+    Returns:
+        For each count, `x` `[N, 24]` and the values of the concepts `[N, 4]` in 0 .. 7.
+
+    Example:
+        >>> (x, values), (other, _) = concepts(0, 5, 3)
+        >>> x.shape, values.shape, other.shape
+        (torch.Size([5, 24]), torch.Size([5, 4]), torch.Size([3, 24]))
+    """
+    g = torch.Generator().manual_seed(seed)
+    codes = 1.2 * torch.randn(4, 8, 6, generator=g)
+    rotation = torch.linalg.qr(torch.randn(24, 24, generator=g)).Q
+    found = []
+    for count in counts:
+        values = torch.randint(0, 8, (count, 4), generator=g)
+        z = codes[torch.arange(4), values] + 0.6 * torch.randn(count, 4, 6, generator=g)  # [N, 4, 6]
+        found.append((torch.tanh(z.flatten(1) @ rotation), values))
+    return found

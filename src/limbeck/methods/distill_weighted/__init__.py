@@ -1,0 +1,1 @@
+"""DistillWeighted: several models of other tasks teach one classifier."""
