@@ -55,6 +55,31 @@ def infinite():
 def nothing():
     return torch.randn(0, 4), torch.arange(0)
 
+def splits(**others):
+    from limbeck.data import Data, TensorSource
+
+    x, y = data()
+    parts = {"train": (x[:120], y[:120]), "validation": (x[120:160], y[120:160]), "test": (x[160:], y[160:])}
+    return Data(**{name: TensorSource(*part) for name, part in (parts | others).items()})
+
+def pool():
+    return splits(unlabelled=(torch.ones(50, 4) * torch.arange(50).unsqueeze(1),))
+
+def labelled_pool():
+    return splits(unlabelled=(torch.randn(50, 4), torch.arange(50) % 3))
+
+def again():
+    return splits(increment_1=(torch.randn(50, 4), torch.arange(50) % 2))
+
+def never():
+    x, y = data()
+    return splits(train=(x[y < 2], y[y < 2]))
+
+def gap():
+    x, y = data()
+    part = x[y != 1][:80], y[y != 1][:80]
+    return splits(train=part, unlabelled=(torch.ones(50, 4) * torch.arange(50).unsqueeze(1),))
+
 class Plain:
     pass
 """
@@ -142,6 +167,49 @@ OVERRIDES = {
 def test_bad_override(case, capsys, place):
     overrides, *parts = OVERRIDES[case]
     check(capsys, place, ["run", "recipe.yaml", *overrides], *parts)
+
+
+# What methods need beside a teacher and labelled data.
+FAMILY = {
+    "no pool": (["method=wad", "teacher=null"], "needs data.unlabelled", "where: data.unlabelled", "fix: give"),
+    "no pool to choose from": (["method={name: ssld, images_per_class: 5}"], "no pool to choose images from"),
+    "a pool with labels": (["method=ssld", "data=net.py:labelled_pool"], "unlabelled data have labels", "fix: give"),
+    "a class without labels": (
+        ["method=wad", "teacher=null", "data=net.py:gap"], "without a labelled sample", "class 1", "fix: label"
+    ),
+    "other classes than the teacher's": (
+        ["method=ssld", "data=net.py:pool", "student=net.py:five"], "do not have the same classes", "found: student"
+    ),
+    "more sources than weights": (
+        ["teacher=[net.py:teacher, net.py:five]", "method={name: distill_weighted, weights: [1.0]}"],
+        "more sources than weights", "found: 2 sources, 1 weights",
+    ),
+    "no sources": (["teacher=null", "method=distill_nearest"], "needs classifiers of other tasks", "roles.teacher"),
+    "a class that came before": (
+        ["method=wa", "teacher=null", "data=net.py:again"], "arrived before", "data.increment_1", "class 0, 1"
+    ),
+    "a class that never comes": (
+        ["method={name: wa, increments: 2}", "teacher=null", "data=net.py:never"], "never arrives", "class 2"
+    ),
+    "a memory without room": (["method={name: wa, increments: 3, memory: 2}", "teacher=null"], "memory", "3 or more"),
+    "more increments than classes": (["method={name: wa, increments: 9}", "teacher=null"], "do not divide", "found: 9"),
+    "a teacher that is not asked": (["method={name: wa, increments: 3}"], "leave the teacher out"),
+    "fewer samples than subclasses": (["method={name: lelp, subclasses: 90}"], "subclasses", "the samples of a class"),
+    "a narrow teacher": (["method={name: lelp, subclasses: 3}"], "too small for so many subclasses"),
+    "an ensemble without an embedding": (
+        ["method={name: lelp, subclasses: 1}", "teacher=[net.py:teacher, net.py:teacher]"], "no embedding of its own"
+    ),
+    "nothing to estimate on": (
+        ["method=self_distillation", "data={spec: net.py:data, validation: 0, test: 0.1}"], "data.validation"
+    ),
+    "styles of what is no image": (["method=kd3"], "styles can be mixed in images only", "contrastive_weight=0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAMILY)
+def test_bad_input_of_methods(case, capsys, place):
+    overrides, *parts = FAMILY[case]
+    check(capsys, place, ["run", "recipe.yaml", "method=null", *overrides], *parts)
 
 
 RECIPES = {

@@ -506,6 +506,16 @@ def test_data_are_selected_again_each_epoch():
         assert torch.equal(torch.cat([i for e, i in seen if e == epoch]).sort().values, part)
 
 
+@pytest.mark.parametrize(("settings", "steps"), [({"steps": 14, "epochs": 1}, 14), ({"epochs": 3}, 9)])
+def test_a_selection_that_makes_epochs_shorter_does_not_end_a_run_of_steps(settings, steps):
+    class Half(Mimic):
+        def select(self, m, epoch):
+            return table().train.ids.sort().values[:48]
+
+    history = execute(Half(), pair(), table(), Engine(batch_size=16, log_every=1, **settings)).history
+    assert max(row["step"] for row in history) == steps
+
+
 def test_sample_weights_by_stable_id():
     """Weights live in a role's buffer and are looked up by id, wherever shuffling puts the sample."""
     data = table()
