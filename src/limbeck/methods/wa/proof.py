@@ -16,10 +16,12 @@ from limbeck.core.update import Update
 from limbeck.data import Data, TensorSource
 from limbeck.engine.run import execute
 from limbeck.engine.settings import Engine
+from limbeck.evaluate.baselines import supervised
 from limbeck.evaluate.budget import Passes, count_passes
+from limbeck.evaluate.tasks import predict
 from limbeck.methods.wa.method import WA
 from limbeck.nn.mlp import mlp
-from limbeck.prove import Arm, Comparison, Proof, Trial, accuracy, seeded
+from limbeck.prove import Arm, Comparison, Proof, Trial, accuracy, fit, seeded
 
 CLASSES, GROUPS, LATENT, INPUTS = 20, 5, 20, 40
 SIZES = {"train": 150, "validation": 50, "test": 50}
@@ -76,6 +78,22 @@ def arm(**fields: Any) -> Arm:
         return Trial(accuracy(m, task(seed).validation), accuracy(m, task(seed).test), passes)
 
     return Arm(trial, "lr", RATES)
+
+
+def newest_share(seed: int, lr: float, **fields: Any) -> float:
+    """How many of the test images, in per cent, are taken for one of the newest group; 20 would be right."""
+    m, _ = learn(seed, lr, **fields)
+    answers, _ = predict(m.student, task(seed).test)
+    return 100 * (answers.argmax(1) >= CLASSES - CLASSES // GROUPS).float().mean().item()
+
+
+def jointly(seed: int, lr: float) -> float:
+    """Test accuracy with the data of all classes at once, for as many steps: what groups cost."""
+    m = Roles(student=seeded(1000 + seed, lambda: mlp(INPUTS, 128, 64, CLASSES)))
+    steps = sum(-(-n // BATCH) for n in (600, *[600 + MEMORY] * (GROUPS - 1))) * EPOCHS
+    optim = {"student": replace(OPTIM, lr=lr)}
+    fit(supervised, m, task(seed).train, optim, steps=steps, batch_size=BATCH, seed=seed)
+    return accuracy(m, task(seed).test)
 
 
 PROOF = Proof(
