@@ -279,3 +279,10 @@ def test_files_without_a_fitting_column():
         load_data(Path(SHARED) / "fsdd")
     with pytest.raises(UsageError, match=r"0 \(text\), 1 \(text\)"):
         load_data(Path(SHARED) / "ncbi-disease")
+
+
+def test_a_folder_with_the_name_of_embedded_data_is_asked_about(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "iris").mkdir()
+    with pytest.raises(UsageError, match="names two things"):
+        load_data("iris")

@@ -59,6 +59,14 @@ def _load(spec: Any, o: DataOptions, tokenizer: Tokenizer) -> Data:
     if not isinstance(spec, str | Path):
         return _from_value(spec, o, tokenizer)
     text = str(spec)
+    if text in embedded.NAMES and Path(text).exists():
+        raise UsageError(
+            "this names two things: data that come with the library, and a file or folder here",
+            where="data",
+            found=text,
+            expected=f"./{text} for the file or folder",
+            fix="rename one of them, or go to another folder, for the data of the library",
+        )
     if text in embedded.EMBEDDED:
         return embedded.EMBEDDED[text](seed=o.seed)
     if text == "docstrings":
