@@ -160,7 +160,10 @@ def method_page(name: str) -> str:
     card, kind = registry.card(name), registry.find(name)
     title, _, text = card.text.partition("\n") if card.text.startswith("# ") else (f"# {name}", "", card.text)
     facts = [row([key, words(value)]) for key, value in card.metadata.items() if key not in ("name", "seed")]
-    code = (card.path.parent / "method.py").read_text(encoding="utf-8")
+    kinds = [
+        one for one in kind.__mro__ if one.__module__.startswith("limbeck.methods.")
+    ]  # with the base that two may share
+    code = "\n\n".join(Path(inspect.getfile(one)).read_text(encoding="utf-8") for one in kinds)
     parts = [
         title,
         "| card | |\n|---|---|\n" + "\n".join(facts),

@@ -56,4 +56,6 @@ def outcome(folder: Path) -> None:
     table(rows)
     print(f"student  {folder / 'student'}")
     print(f"report   {folder / 'report.html'}")
-    print(f"next     limbeck export {folder}")
+    manifest = folder / "student" / "limbeck.json"
+    own = manifest.is_file() and ".py:" in str(json.loads(manifest.read_text(encoding="utf-8")).get("spec"))
+    print(f"next     limbeck export {folder}{' --trust' if own else ''}")

@@ -101,7 +101,9 @@ class Data:
         raise UsageError(
             f"the method needs data.{name}; there are: {', '.join(sources) or 'none'}",
             where=f"data.{name}",
-            fix=f"give the data a split of that name: Data({name}=...), or a file or folder '{name}'",
+            fix="give a pool: --set data.unlabelled=FOLDER, or Data(unlabelled=...)"
+            if name == "unlabelled"
+            else f"give the data a split of that name: Data({name}=...), or a file or folder '{name}'",
         )
 
     __getitem__ = __getattr__
