@@ -19,9 +19,9 @@ from torch import nn
 from limbeck import Method, Roles
 from limbeck.core.method import updates
 from limbeck.data import TensorSource
+from limbeck.methods.kd.method import KD
 from limbeck.methods.kd3.method import KD3
 from limbeck.methods.kd3.student import BorrowClassifier
-from limbeck.methods.kd.method import KD
 from limbeck.methods.lelp.method import LELP
 from limbeck.methods.meal_v2.method import MEALV2
 from limbeck.methods.pld.method import PLD
