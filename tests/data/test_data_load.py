@@ -286,3 +286,20 @@ def test_a_folder_with_the_name_of_embedded_data_is_asked_about(tmp_path, monkey
     (tmp_path / "iris").mkdir()
     with pytest.raises(UsageError, match="names two things"):
         load_data("iris")
+
+
+def test_classes_of_increments_are_classes_of_the_data(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    for split, names in (("train", "ac"), ("increment_1", "bd"), ("test", "abcd")):
+        for name in names:
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(3):
+                Image.new("RGB", (8, 8), (i, i, 9)).save(tmp_path / "images" / split / name / f"{i}.png")
+        rows = "\n".join(f"{i},{name}" for i in range(3) for name in names)
+        (tmp_path / "tables").mkdir(exist_ok=True)
+        (tmp_path / "tables" / f"{split}.csv").write_text(f"x,label\n{rows}\n")
+    for folder in ("images", "tables"):
+        data = load_data(str(tmp_path / folder), validation=0)
+        assert data.classes == ("a", "b", "c", "d")
+        assert data.train.labels.unique().tolist() == [0, 2]
+        assert data["increment_1"].labels.unique().tolist() == [1, 3]

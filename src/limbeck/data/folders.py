@@ -9,6 +9,7 @@ import torch
 from limbeck.core.errors import UsageError
 from limbeck.data.ids import text_ids
 from limbeck.data.images import Images, image_files
+from limbeck.data.labels import is_learned
 
 # The names that people give to splits.
 _ALIASES = {
@@ -48,7 +49,7 @@ def image_folder(root: Path) -> dict[str, Images]:
     """The images below a folder by split, with the names of the innermost-but-split folders as classes.
 
     `root/train/CLASS/*.png` beside `root/val/...`, or `root/CLASS/*.png` for one split. A split without class folders has
-    no labels. Classes are numbered by the sorted names of the training split.
+    no labels. Classes are numbered by the sorted names of the splits to learn from, see `is_learned`.
 
     Args:
         root: The folder.
@@ -60,7 +61,7 @@ def image_folder(root: Path) -> dict[str, Images]:
     splits = {split_name(p.name) or p.name: p for p in folders}
     if "train" not in splits:
         splits = {"train": root}
-    classes = _classes(splits["train"])
+    classes = tuple(sorted({c for name, folder in splits.items() if is_learned(name) for c in _classes(folder)}))
     if len(classes) == 1:
         found, fix = f"the folder {classes[0]}", "images without classes lie in the folder itself"
         raise UsageError("the training images have one class only", where=splits["train"], found=found, fix=fix)

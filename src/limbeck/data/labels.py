@@ -1,5 +1,6 @@
 """Labels of the splits of one data set: numbers, or names that become numbers."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,18 @@ from torch import Tensor
 from limbeck.core.errors import UsageError
 from limbeck.data.sources import check_finite, check_labels
 
+_LEARNED = re.compile(r"train|memory|increment_\d+")
+
+
+def is_learned(split: str) -> bool:
+    """Whether a split is one to learn from, so that its classes are classes of the data: the increments of `wa` are.
+
+    Example:
+        >>> [is_learned(name) for name in ("train", "increment_2", "test")]
+        [True, True, False]
+    """
+    return _LEARNED.fullmatch(split) is not None
+
 
 def encode(
     values: Mapping[str, Any], classes: Sequence[str] | None = None
@@ -19,7 +32,7 @@ def encode(
     Args:
         values: Lists of texts or numbers by split; None for a split without labels. Whole numbers that are all -1 mean
             that there are no labels either.
-        classes: Class names in the order of their numbers. Default: the names of the training split, sorted.
+        classes: Class names in the order of their numbers. Default: the names of the splits to learn from, sorted.
 
     Returns:
         Labels `[N]` by split, int64 for classes, float32 for numbers that are not whole; and the class names.
@@ -36,7 +49,8 @@ def encode(
     if first is None:
         return dict.fromkeys(values), None if classes is None else tuple(classes)
     if isinstance(first[0], str):
-        classes = sorted(set(first)) if classes is None else classes
+        learned = [v for k, v in values.items() if is_learned(k) and v is not None] or [first]
+        classes = sorted({name for part in learned for name in part}) if classes is None else classes
     names = None if classes is None else tuple(classes)
     labels = {k: None if v is None else _numbers(v, names, f"{k}: label") for k, v in values.items()}
     if (train := labels.get("train")) is not None and not train.is_floating_point() and len(train.unique()) < 2:
