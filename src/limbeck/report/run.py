@@ -157,10 +157,11 @@ def _models(page: Page, run: Run) -> None:
     names = list(dict.fromkeys(metric for numbers in models.values() for metric in numbers))
     names.sort(key=lambda name: (name != run.primary, name in _COSTS))
     quality, costs = [n for n in names if n not in _COSTS][:3], [n for n in ("throughput", "bytes") if n in names]
-    page.section(
-        "Teacher and student, side by side",
-        "The student before and after it was distilled, and the teacher that it learned from.",
-    )
+    if "teacher" in models:
+        text = "The student before and after it was distilled, and the teacher that it learned from."
+        page.section("Teacher and student, side by side", text)
+    else:
+        page.section("The student, before and after", "What training made of it.")
     page.panels([figures.bars(models, name) for name in [*quality, *costs]])
     compare = "teacher" in models and "student" in models
     rows = []
@@ -175,10 +176,10 @@ def _models(page: Page, run: Run) -> None:
 
 def _candidates(page: Page, run: Run) -> None:
     rows = run.candidates
-    if not rows:
-        return
     teacher = run.models.get("teacher")
     points = [*rows, {"name": "Teacher", **teacher}] if teacher else rows
+    if not rows or len(points) < 2:  # one point compares nothing
+        return
     page.section(
         "What was tried", "Every candidate with its price. The dashed line joins those that nothing else beats."
     )
