@@ -132,6 +132,13 @@ def test_normalised_losses_are_divided_by_the_logarithm_of_the_classes():
     torch.testing.assert_close(normal, plain / torch.tensor(7.0).log())
 
 
+def test_the_heads_update_does_not_reach_the_student():
+    m = roles()
+    _, second = DistillWeighted().step(m, BATCH)
+    found = torch.autograd.grad(second.loss, [*m.student.parameters(), *m.heads.parameters()], allow_unused=True)
+    assert [g is None for g in found] == [True] * 4 + [False] * 2
+
+
 def test_sources_get_no_gradient():
     m = roles()
     for name in m.teachers:

@@ -93,7 +93,6 @@ class DistillWeighted(OtherTasks):
         if not (e > 0).any():
             warnings.warn("no source is related to the labels: the best of them is used alone", stacklevel=2)
             return [float(a) for a in F.one_hot(e.argmax(), len(e))]
-        a = torch.where(
-            e > 0, (e / e.max()).clamp_min(0) ** self.power, 0
-        )  # by the largest, so that no power overflows
+        powers = (e / e.max()).clamp_min(0) ** self.power  # by the largest, so that none overflows
+        a = torch.where(e > 0, powers, 0)
         return [float(weight) for weight in a / a.sum()]
