@@ -1,7 +1,7 @@
 """Students that inherit some of a teacher's layers, for any model with one list of repeated layers."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,12 +82,7 @@ class InheritLayers:
         chosen = [copy.deepcopy(old[i], memo) for i in kept]
         memo[id(old)] = nn.ModuleList(chosen) if isinstance(old, nn.ModuleList) else nn.Sequential(*chosen)
         student = copy.deepcopy(module, memo)  # meets the new list where the old one was
-        _renumber(chosen)
-        owners = _owners(student, path)
-        parts = [*owners, *memo[id(old)].modules()]
-        for config in {id(p.config): p.config for p in parts if hasattr(p, "config")}.values():
-            _tell(config, kept, total)
-        for owner in owners:
+        for owner in tell_depth(student, path, kept, total):
             _check_rebuild(owner, kept)
         return student, {"kind": f"{__name__}:inherit_layers", "layers": kept, "path": path}
 
@@ -95,6 +90,26 @@ class InheritLayers:
 def inherit_layers(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     """The student of a conversion, from its record."""
     return InheritLayers(record["layers"], path=record["path"])(module)[0]
+
+
+def tell_depth(module: nn.Module, path: str, kept: Sequence[int], total: int) -> list[nn.Module]:
+    """Tell layers that were kept their new positions, and the configurations around them the new depth.
+
+    Args:
+        module: The shorter model; changed in place.
+        path: The list of layers.
+        kept: Indices that the layers had before.
+        total: Layers before.
+
+    Returns:
+        The modules on the way to the list, the outermost first.
+    """
+    layers: Any = module.get_submodule(path)
+    _renumber(layers)
+    owners = _owners(module, path)
+    for config in {id(p.config): p.config for p in [*owners, *layers.modules()] if hasattr(p, "config")}.values():
+        _tell(config, kept, total)
+    return owners
 
 
 def find_layers(module: nn.Module) -> str:
@@ -151,7 +166,7 @@ def _owners(module: nn.Module, path: str) -> list[nn.Module]:
     return [module.get_submodule(".".join(names[:n])) for n in range(len(names))]
 
 
-def _renumber(layers: Sequence[nn.Module]) -> None:
+def _renumber(layers: Iterable[nn.Module]) -> None:
     """Layers that know their own position (for caches and masks) learn the new one."""
     for i, layer in enumerate(layers):
         for part in layer.modules():

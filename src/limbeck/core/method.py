@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from limbeck.core.batch import Batch
+from limbeck.core.optim import Optim
 from limbeck.core.roles import Role, Roles
 from limbeck.core.stages import Stage, Step, Train
 from limbeck.core.update import Update
@@ -57,6 +59,10 @@ class Method:
     def stores(self, role: Role, batch: Batch) -> Sequence[str]:
         """The layers of a teacher whose outputs are kept beside its logits where stored outputs stand in for it."""
         return ()
+
+    def optimizer(self, m: Roles, role: str, optim: Optim) -> torch.optim.Optimizer:
+        """The optimizer of a role, where a method brings its own; rate, schedule and clipping stay with `optim`."""
+        return optim.build(m[role].module)
 
     def select(self, m: Roles, epoch: int) -> Tensor | None:
         """The sample ids to train on in this epoch `[N]`; None for all of them."""

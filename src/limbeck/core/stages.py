@@ -87,6 +87,8 @@ class Convert:
         how: The conversion.
         of: The role whose module is converted; default the role itself. The module is never changed in place.
         name: Shown in the history.
+        compare: A source. With it the module is run before and after on its first samples, and judged where the run judges:
+            the history says how far apart the two are. For conversions that should change little, such as folding a mask.
 
     Yields to the program: the record.
     """
@@ -95,6 +97,7 @@ class Convert:
     how: Conversion
     of: str | None = None
     name: str = "convert"
+    compare: Any = None
 
 
 @dataclass(frozen=True, eq=False)

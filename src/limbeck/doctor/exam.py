@@ -224,7 +224,7 @@ class Exam:
 
     def _optimizer(self, name: str, m: Roles) -> torch.optim.Optimizer:
         spec = self.spec(name)
-        return spec.build(m[name].module) if isinstance(spec, Optim) else spec(m[name].module)
+        return self.job.method.optimizer(m, name, spec) if isinstance(spec, Optim) else spec(m[name].module)
 
     @contextmanager
     def _watched(self, step: FirstStep) -> Iterator[None]:

@@ -193,10 +193,37 @@ class Run:
             role.freeze()
             self.runtime.place(role.module, shard=False)
         if isinstance(stage, Convert):
-            self.changed.add(stage.role)
-            return self.m.convert(stage.role, stage.how, stage.of)
+            return self._convert(stage)
         with torch.no_grad():
             return self._collect(stage) if isinstance(stage, Collect) else self._search(stage)
+
+    def _convert(self, stage: Convert) -> dict[str, Any]:
+        self.changed.add(stage.role)
+        before = self._seen(stage, stage.of or stage.role)
+        record = self.m.convert(stage.role, stage.how, stage.of)
+        if before is not None:
+            self.runtime.place(self.m[stage.role].module, shard=False)
+            outputs, numbers = self._seen(stage, stage.role) or before
+            row = {f"convert/{name}": value for name, value in difference(before[0], outputs).items()}
+            row |= {f"before/{name}": value for name, value in before[1].items()}
+            row |= {f"after/{name}": value for name, value in numbers.items()}
+            self.history.emit(stage.name, 0, 0, **row)
+        return record
+
+    @torch.no_grad()
+    def _seen(self, stage: Convert, role: str) -> tuple[torch.Tensor, Mapping[str, float]] | None:
+        """A role's outputs on the first samples of what a conversion is compared on, and its evaluation."""
+        if stage.compare is None or role not in self.m:
+            return None
+        frozen = self.m[role].frozen
+        self.m[role].freeze()
+        rows = torch.arange(min(self.engine.batch_size, len(stage.compare)))
+        batch = stage.compare.batch(rows, 0).to(self.runtime.device)
+        numbers = dict(self.evaluate(self.m)) if self.evaluate is not None and role == stage.role else {}
+        outputs = self.m[role](batch)
+        if not frozen:
+            self.m[role].unfreeze()
+        return outputs, numbers
 
     def _collect(self, stage: Collect) -> Artefact:
         if self.out is None:
@@ -376,6 +403,34 @@ class Run:
         """Put the roles' weights of one of this run's checkpoints in place."""
         if self.checkpoints is not None:
             self._load_states(self.checkpoints.load(checkpoint)[0])
+
+
+def difference(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
+    """How far apart the outputs of a module before and after a conversion are.
+
+    Args:
+        before: `[B, ...]`.
+        after: `[B, ...]`, of the same shape.
+
+    Returns:
+        The largest difference, the norm of the difference over that of the outputs, and the share of equal answers (largest
+        output along the last dimension); nothing where the shapes differ.
+
+    Example:
+        >>> difference(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 3.5]]))
+        {'max_abs_difference': 0.5, 'relative_difference': 0.1, 'agreement': 1.0}
+    """
+    if before.shape != after.shape:
+        return {}
+    before, after = before.double(), after.double()
+    gap = after - before
+    same = (before.argmax(-1) == after.argmax(-1)).double().mean()
+    relative = gap.norm() / before.norm().clamp_min(torch.finfo(torch.float64).tiny)
+    return {
+        "max_abs_difference": gap.abs().max().item(),
+        "relative_difference": relative.item(),
+        "agreement": same.item(),
+    }
 
 
 def _digest(folder: Path) -> str:

@@ -67,7 +67,7 @@ class Updater:
         if not params:
             raise UsageError("a role that shall learn has no parameter that requires a gradient", where=f"roles.{role}")
         old = self.optimizers.get(role)
-        optimizer = spec.build(module) if isinstance(spec, Optim) else spec(module)
+        optimizer = self.method.optimizer(self.m, role, spec) if isinstance(spec, Optim) else spec(module)
         if old is not None:
             optimizer.state.update({p: old.state[p] for p in params if p in old.state})
         self.optimizers[role], self.params[role] = optimizer, params
