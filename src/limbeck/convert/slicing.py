@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from limbeck.convert.layers import tell_depth
 from limbeck.convert.structure import Depth, Dim, Structure, structure
 from limbeck.core.errors import UsageError
 
-Keep = Mapping[str, int | Sequence[int]]
+Keep = Mapping[str, int | float | Sequence[int]]
 Index = tuple[slice | Tensor | None, ...]
 
 
@@ -48,8 +50,8 @@ class Slice:
     names.
 
     Args:
-        keep: By name of a dimension, or of a list of layers: how many to keep (the leading ones), or which. What is not named
-            stays whole.
+        keep: By name of a dimension or of a list of layers, or by glob of such names: how many to keep (the leading ones; a
+            share where it is below 1), or which. What is not named stays whole.
 
     Raises:
         UsageError: There is no such dimension, or it has not as many.
@@ -65,8 +67,9 @@ class Slice:
 
     def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """The smaller model with the weights of the big one, and the record that rebuilds it."""
-        skeleton, pieces = cut(module, self.keep)
-        keep = {name: value if isinstance(value, int) else list(value) for name, value in self.keep.items()}
+        parts = structure(module)
+        keep = resolve(self.keep, parts)
+        skeleton, pieces = cut(module, keep, parts)
         return fill(skeleton, pieces, module), {"kind": f"{__name__}:slice_module", "keep": keep}
 
 
@@ -75,7 +78,40 @@ def slice_module(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     return Slice(record["keep"])(module)[0]
 
 
-def cut(module: nn.Module, keep: Keep, parts: Structure | None = None) -> tuple[nn.Module, dict[str, Piece]]:
+def resolve(keep: Keep, parts: Structure) -> dict[str, int | list[int]]:
+    """What is kept by exact names: globs and shares are looked up.
+
+    Raises:
+        UsageError: A name is that of no dimension and no list of layers.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> resolve({"*.channels": 0.5}, structure(net))
+        {'0.channels': 4}
+    """
+    sizes = parts.sizes()
+    found: dict[str, int | list[int]] = {}
+    for pattern, value in keep.items():
+        names = [pattern] if pattern in sizes else [name for name in sizes if fnmatchcase(name, pattern)]
+        if not names:
+            raise _unknown(parts, pattern)
+        for name in names:
+            if isinstance(value, float):
+                found[name] = max(1, round(value * sizes[name])) if value < 1 else int(value)
+            else:
+                found[name] = value if isinstance(value, int) else list(value)
+    return found
+
+
+def _unknown(parts: Structure, name: str) -> UsageError:
+    near = get_close_matches(name, parts.sizes(), n=3, cutoff=0.3) or list(parts.sizes())[:5]
+    expected = ", ".join(near) or "none is known"
+    return UsageError("the model has no such dimension", where="keep", found=name, expected=expected)
+
+
+def cut(
+    module: nn.Module, keep: Mapping[str, int | Sequence[int]], parts: Structure | None = None
+) -> tuple[nn.Module, dict[str, Piece]]:
     """The structure of a smaller model without weights, and where each of its tensors lies in the big one.
 
     `torch.func.functional_call(skeleton, {name: piece.of(tensors[piece.name]) ...}, x)` runs the smaller model on the big
@@ -83,7 +119,7 @@ def cut(module: nn.Module, keep: Keep, parts: Structure | None = None) -> tuple[
 
     Args:
         module: The big model; it is not changed.
-        keep: As in `Slice`.
+        keep: As in `Slice`, by exact names.
         parts: Its structure, where that is known already.
 
     Returns:
@@ -159,12 +195,7 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
 def _units(parts: Structure, name: str, value: int | Sequence[int]) -> Tensor:
     part: Dim | Depth | None = parts.dims.get(name) or parts.depths.get(name)
     if part is None:
-        from difflib import get_close_matches
-
-        near = get_close_matches(name, parts.sizes(), n=3, cutoff=0.3) or list(parts.sizes())[:5]
-        raise UsageError(
-            "the model has no such dimension", where="keep", found=name, expected=", ".join(near) or "none is known"
-        )
+        raise _unknown(parts, name)
     units = list(range(value)) if isinstance(value, int) else [int(unit) for unit in value]
     good = bool(units) and len(set(units)) == len(units) and all(0 <= unit < part.size for unit in units)
     if not good:

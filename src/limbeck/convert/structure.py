@@ -139,7 +139,7 @@ def structure(module: nn.Module) -> Structure:
     for path, part in module.named_modules():
         for dim in _dims_of(path, part):
             dims[dim.name] = dim
-    depths = {depth.name: depth for depth in _depths(module)}
+    depths = {depth.name: depth for depth in find_depths(module)}
     for dim in _widths(module, depths, dims):
         dims[dim.name] = dim
     return Structure(dims, depths)
@@ -244,7 +244,14 @@ def _chain(path: str, part: nn.Sequential) -> Iterator[Dim]:
             last = None
 
 
-def _depths(module: nn.Module) -> Iterator[Depth]:
+def find_depths(module: nn.Module) -> Iterator[Depth]:
+    """The lists of repeated layers of a model, also of one under parametrizations.
+
+    Example:
+        >>> from torch.nn import Linear, ReLU, Sequential
+        >>> [d.name for d in find_depths(nn.ModuleDict({"body": Sequential(*(nn.MultiheadAttention(4, 1) for _ in "ab"))}))]
+        ['body']
+    """
     found: list[str] = []
     for name, part in module.named_modules():
         layers = list(part.children()) if isinstance(part, nn.ModuleList | nn.Sequential) else []

@@ -81,7 +81,10 @@ def load_model(
 
 
 def conversion(spec: str) -> Callable[[nn.Module], tuple[nn.Module, dict[str, Any]]] | None:
-    """The conversion of a teacher that `layers:N`, `layers:0,2,4` or `static` stands for; None for other specs.
+    """The conversion of a teacher that a spec stands for; None for other specs.
+
+    `layers:N` and `layers:0,2,4` keep some layers, `slice:width=192,*.ffn=0.5` the leading units of some dimensions (see
+    `limbeck.convert.structure`), `static` the token embeddings.
 
     Example:
         >>> conversion("layers:2"), conversion("timm:resnet18")
@@ -91,6 +94,10 @@ def conversion(spec: str) -> Callable[[nn.Module], tuple[nn.Module, dict[str, An
         from limbeck.convert.static import StaticTokens
 
         return StaticTokens()
+    if spec.startswith("slice:"):
+        from limbeck.convert.slicing import Slice
+
+        return Slice(_parts(spec))
     if not spec.startswith("layers:"):
         return None
     from limbeck.convert.layers import InheritLayers
@@ -101,6 +108,18 @@ def conversion(spec: str) -> Callable[[nn.Module], tuple[nn.Module, dict[str, An
         raise UsageError("these layers are not understood", where="student", found=spec, expected=expected)
     numbers = [int(n) for n in given.split(",") if n]
     return InheritLayers(numbers if "," in given else numbers[0])
+
+
+def _parts(spec: str) -> dict[str, float]:
+    """What `slice:NAME=SIZE,...` keeps: numbers of units, and shares below 1."""
+    found: dict[str, float] = {}
+    for item in spec.removeprefix("slice:").split(","):
+        name, _, value = item.partition("=")
+        if not name or not re.fullmatch(r"\d+|0?\.\d+", value):
+            expected = "slice:NAME=NUMBER,..., such as slice:width=192,*.ffn=0.5"
+            raise UsageError("this part of a model is not understood", where="student", found=item, expected=expected)
+        found[name] = float(value) if "." in value else int(value)
+    return found
 
 
 def num_classes(module: nn.Module) -> int | None:
