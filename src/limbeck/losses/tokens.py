@@ -1,0 +1,82 @@
+"""Losses of causal language models: every position predicts the next token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.losses.logits import kl
+
+IGNORE = -100  # what torch's cross entropy leaves out
+
+
+def next_tokens(x: Any) -> Tensor:
+    """What each position of a batch of texts should predict: the token after it, and `IGNORE` where there is none.
+
+    Args:
+        x: A mapping with `input_ids` `[B, L]` int64 and, where texts are padded, `attention_mask` `[B, L]`.
+
+    Returns:
+        `[B, L]` int64, the last position and padding ignored.
+
+    Example:
+        >>> next_tokens({"input_ids": torch.tensor([[5, 6, 7, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])})
+        tensor([[   6,    7, -100, -100]])
+    """
+    ids = x["input_ids"]
+    labels = F.pad(ids[:, 1:], (0, 1), value=IGNORE)
+    if "attention_mask" in x:
+        mask = x["attention_mask"].bool()
+        labels = labels.masked_fill(~(mask & F.pad(mask[:, 1:], (0, 1))), IGNORE)
+    return labels
+
+
+def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy over the positions that predict a token.
+
+    Args:
+        logits: `[B, L, V]`.
+        labels: `[B, L]`, of `next_tokens`.
+
+    Returns:
+        Scalar, nats per token; 0 where nothing is predicted. As the mean is over `token_count(labels)` tokens, say so with
+        `Update(count=...)`.
+
+    Example:
+        >>> token_cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, IGNORE]]))
+        tensor(1.3863)
+    """
+    total = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return total / token_count(labels)
+
+
+def token_kl(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Mean divergence `tau^2 KL(p || q)` from the teacher over the positions that predict a token.
+
+    Args:
+        student: Logits `[B, L, V]`.
+        teacher: Logits `[B, L, V]`.
+        labels: `[B, L]`, of `next_tokens`; only which are ignored matters.
+        temperature: `tau > 0`.
+
+    Returns:
+        Scalar, nats per token; 0 where nothing is predicted.
+
+    Example:
+        >>> token_kl(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), torch.tensor([[3, IGNORE]]))
+        tensor(0.)
+    """
+    each = kl(student, teacher, temperature=temperature, reduction="none")  # [B, L]
+    return each.where(labels != IGNORE, 0.0).sum() / token_count(labels)
+
+
+def token_count(labels: Tensor) -> Tensor:
+    """Positions that predict a token, 1 at least: a 0-d tensor for `Update(count=...)`.
+
+    Example:
+        >>> token_count(torch.tensor([[3, IGNORE]]))
+        tensor(1)
+    """
+    return (labels != IGNORE).sum().clamp_min(1)
