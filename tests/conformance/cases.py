@@ -45,18 +45,32 @@ class Case:
         roles: Makes the roles, always with the same weights.
         exceptions: Why a check does not apply, by the check's name.
         data: Makes the data.
+        optim: How the roles learn.
     """
 
     method: Callable[[], Method]
     roles: Callable[[], Roles]
     exceptions: Mapping[str, str] = field(default_factory=dict)
     data: Callable[[], Data] = data
+    optim: Optim = SGD
 
 
 def classifiers() -> Roles:
     """A wide network and a narrow one with as many outputs; as good as embeddings as it is as logits."""
     wide, narrow = seeded(0, lambda: mlp(INPUTS, 32, CLASSES)), seeded(1, lambda: mlp(INPUTS, 8, CLASSES))
     return Roles(teacher=wide, student=narrow)
+
+
+def copies() -> Roles:
+    """A network, and a copy of it."""
+    return Roles(teacher=seeded(0, lambda: mlp(8, 32, CLASSES)), student=seeded(0, lambda: mlp(8, 32, CLASSES)))
+
+
+def eights() -> Data:
+    """Those points with two more inputs."""
+    train = data().train
+    x = torch.cat([train.batch(torch.arange(72), 0).x, torch.ones(72, 2)], 1)
+    return Data(train=TensorSource(x, torch.arange(72) % CLASSES))
 
 
 def pooled() -> Data:
@@ -141,6 +155,12 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "data": pooled,
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "its second stage starts where the first ended"},
     },
+    "cast": {
+        "roles": copies,
+        "data": eights,
+        "optim": Optim("adam", lr=0.01, warmup=0.2, schedule="cosine"),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "the student starts where the teacher is"},
+    },
     "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}},
     "kd3": {
         "roles": convolutions,
@@ -171,7 +191,7 @@ CASES = METHODS | TOYS
 
 
 def run(case: Case, out: Path | None = None, **engine: Any) -> Result:
-    optim = dict.fromkeys(("student", "critic", "generator"), SGD)
+    optim = dict.fromkeys(("student", "critic", "generator"), case.optim)
     return execute(case.method(), case.roles(), case.data(), replace(ENGINE, **engine), optim=optim, out=out)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from limbeck.core.method import Method
 
 METHODS: Mapping[str, str] = {
+    "cast": "limbeck.methods.cast.method:CAST",
     "distill_nearest": "limbeck.methods.distill_nearest.method:DistillNearest",
     "distill_weighted": "limbeck.methods.distill_weighted.method:DistillWeighted",
     "embedding": "limbeck.methods.embedding.method:Embedding",

@@ -84,7 +84,7 @@ def conversion(spec: str) -> Callable[[nn.Module], tuple[nn.Module, dict[str, An
     """The conversion of a teacher that a spec stands for; None for other specs.
 
     `layers:N` and `layers:0,2,4` keep some layers, `slice:width=192,*.ffn=0.5` the leading units of some dimensions (see
-    `limbeck.convert.structure`), `static` the token embeddings.
+    `limbeck.convert.structure`), `copy` everything, `static` the token embeddings.
 
     Example:
         >>> conversion("layers:2"), conversion("timm:resnet18")
@@ -94,10 +94,10 @@ def conversion(spec: str) -> Callable[[nn.Module], tuple[nn.Module, dict[str, An
         from limbeck.convert.static import StaticTokens
 
         return StaticTokens()
-    if spec.startswith("slice:"):
+    if spec == "copy" or spec.startswith("slice:"):
         from limbeck.convert.slicing import Slice
 
-        return Slice(_parts(spec))
+        return Slice({} if spec == "copy" else _parts(spec))
     if not spec.startswith("layers:"):
         return None
     from limbeck.convert.layers import InheritLayers
@@ -344,6 +344,6 @@ def _unknown(spec: str) -> UsageError:
             "a file of weights does not say which model it is of", where=path, fix=f"timm:NAME@{path}, say"
         )
     kind = spec.partition(":")[0]
-    near = get_close_matches(kind, [*SCHEMES, "static"], n=2, cutoff=0.6)
-    expected = " or ".join(f"{n}:..." if n != "static" else n for n in near) if near else _FORMS
+    near = get_close_matches(kind, [*SCHEMES, "static", "copy"], n=2, cutoff=0.6)
+    expected = " or ".join(n if n in ("static", "copy") else f"{n}:..." for n in near) if near else _FORMS
     return UsageError("there is no such model", where="model", found=spec, expected=expected)
