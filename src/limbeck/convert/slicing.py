@@ -160,6 +160,7 @@ def cut(
         for path, attribute, factor in parts.dims[name].counts:
             setattr(skeleton.get_submodule(path), attribute, factor * len(kept[name]))
     for part in skeleton.modules():
+        part.__dict__.pop("train", None)  # of a frozen role, whose copy need not stay in evaluation mode
         _fix(part)
     for name in kept.keys() & parts.depths.keys():
         _shorten(skeleton, parts.depths[name], kept[name].tolist())

@@ -93,7 +93,7 @@ class Optim:
         param_groups = [{"params": ps, "weight_decay": wd, "lr": self.lr * f} for (wd, f), ps in groups.items()]
         return kind(param_groups, **options)
 
-    def factor(self, step: int, total: int) -> float:
+    def factor(self, step: float, total: float) -> float:
         """The multiple of `lr` at update `step` (from 0) of `total`: linear warm-up, then the schedule."""
         warmup = round(self.warmup * total) if self.warmup < 1 else int(self.warmup)
         if step < warmup:

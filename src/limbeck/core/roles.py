@@ -139,10 +139,12 @@ class Roles:
     _converted: set[str]
     _roles: dict[str, Role]
     _generators: dict[str, torch.Generator]
+    _rates: dict[str, Callable[[int], float]]
 
     def __init__(self, **modules: nn.Module | Role) -> None:
         self.__dict__["_roles"] = {}
         self.__dict__["_generators"] = {}
+        self.__dict__["_rates"] = {}
         self.__dict__.update(step=0, epoch=0, total=0, seed=0, lead=True, lineage={}, _converted=set())
         for name, module in modules.items():
             setattr(self, name, module)
@@ -228,6 +230,14 @@ class Roles:
     def progress(self) -> float:
         """The share of this stage that is done, in [0, 1]."""
         return self.step / self.total if self.total else 0.0
+
+    def rate(self, name: str, step: int | None = None) -> float:
+        """The learning rate of a role at a step of this stage (default: the present one), as a multiple of its peak.
+
+        1 in a loop of one's own, and for optimizers whose schedule the engine does not know.
+        """
+        schedule = self._rates.get(name)
+        return 1.0 if schedule is None else schedule(self.step if step is None else step)
 
     def every(self, n: int) -> bool:
         """Whether this step is one in `n`: steps 0, n, 2n, ... of the stage."""

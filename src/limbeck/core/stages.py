@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
 from limbeck.core.optim import Ema, OptimSpec
 from limbeck.core.roles import Roles
 from limbeck.core.update import Update
@@ -29,6 +30,8 @@ class Train:
         steps: Steps of this stage; wins over epochs. Default: the run's.
         epochs: Passes over the data. Default: the run's.
         lr_factor: Multiplies the learning rates of this stage, whoever gave them.
+        span: Which part of the run the stage is, from 0 to 1: it takes that share of the run's steps or epochs, and its
+            optimizers that part of their schedules. So several stages go through one schedule.
         ema: Averaged roles by name.
         evaluate: Called with the roles in evaluation mode; returns numbers. Default: the run's.
         run: In place of `step`, for a stage that owns its loop: `run(m, data, state)` is a generator that yields a mapping of
@@ -46,10 +49,39 @@ class Train:
     steps: int | None = None
     epochs: float | None = None
     lr_factor: float = 1.0
+    span: tuple[float, float] = (0.0, 1.0)
     ema: Mapping[str, Ema] = field(default_factory=dict)
     evaluate: Callable[[Roles], Mapping[str, float]] | None = None
     run: Callable[[Roles, Any, dict[str, Any]], Iterator[Mapping[str, Any]]] | None = None
     name: str = "train"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.span[0] < self.span[1] <= 1:
+            raise UsageError(
+                "a stage is no part of the run",
+                where=f"stage '{self.name}'.span",
+                found=self.span,
+                expected="0 <= from < to <= 1",
+            )
+
+    def share(self, steps: int) -> int:
+        """How many of the run's steps are this stage's; those of stages that share a run out add up.
+
+        Example:
+            >>> Train(span=(0.0, 0.5)).share(7) + Train(span=(0.5, 1.0)).share(7)
+            7
+        """
+        return round(self.span[1] * steps) - round(self.span[0] * steps)
+
+    def at(self, step: int, total: int) -> tuple[float, float]:
+        """Where step `step` of the stage's `total` lies in the whole schedule, and how long that is.
+
+        Example:
+            >>> Train(span=(0.5, 1.0)).at(3, 50)
+            (53.0, 100.0)
+        """
+        whole = total / (self.span[1] - self.span[0])
+        return step + self.span[0] * whole, whole
 
 
 @dataclass(frozen=True, eq=False)

@@ -85,7 +85,7 @@ class Training:
             raise UsageError(
                 "endless data needs a number of steps", where=f"stage '{stage.name}'", fix="set engine.steps"
             )
-        return steps or 0
+        return stage.share(steps) if steps and stage.steps is None else steps or 0
 
     # The loop
 

@@ -71,6 +71,8 @@ class Updater:
         if old is not None:
             optimizer.state.update({p: old.state[p] for p in params if p in old.state})
         self.optimizers[role], self.params[role] = optimizer, params
+        if isinstance(spec, Optim):
+            self.m._rates[role] = lambda step: spec.factor(*self.stage.at(step, self.m.total))
         self.base_lr[role] = [self.stage.lr_factor * group["lr"] for group in optimizer.param_groups]
 
     def step(self, batches: list[Batch], whole: int) -> Logs:
@@ -217,7 +219,7 @@ class Updater:
         scaler = self.scalers.get(role)
         self.pending.discard(role)
         if isinstance(spec, Optim):
-            factor = spec.factor(self.m.step, self.m.total)
+            factor = spec.factor(*self.stage.at(self.m.step, self.m.total))
             for group, lr in zip(optimizer.param_groups, self.base_lr[role], strict=True):
                 group["lr"] = lr * factor
             if spec.clip is not None:

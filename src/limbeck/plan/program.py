@@ -104,8 +104,8 @@ def total_steps(stage: Train, engine: Engine, counted: bool = True) -> int | Non
     per_epoch = Feed(stage.data, engine, world=engine.processes).epoch_steps() if counted else None
     steps = stage.steps or (None if stage.epochs is not None else engine.steps)
     if steps is None and per_epoch is not None:
-        return math.ceil((engine.epochs if stage.epochs is None else stage.epochs) * per_epoch)
-    return steps
+        steps = math.ceil((engine.epochs if stage.epochs is None else stage.epochs) * per_epoch)
+    return stage.share(steps) if steps and stage.steps is None else steps
 
 
 def sample(data: Any, count: int, generator: torch.Generator, whole: int = _WHOLE) -> Batch:
