@@ -15,7 +15,9 @@ def distill(
             help="timm:NAME, torchvision:NAME, hf:NAME, st:NAME, file.py:function; several times for several."
         ),
     ] = None,
-    student: Annotated[str | None, typer.Option(help="The same forms, and layers:N, slice:NAME=N, copy, static.")] = None,
+    student: Annotated[
+        str | None, typer.Option(help="The same forms, and layers:N, slice:NAME=N, copy, static.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="A data set by name, file or folder.")] = None,
     method: Annotated[str | None, typer.Option(help="A name that `limbeck methods` lists, or file.py:Class.")] = None,
     budget: Annotated[str | None, typer.Option(help="Time for the whole run, such as 90s, 5m or 1h.")] = None,

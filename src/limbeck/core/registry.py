@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 METHODS: Mapping[str, str] = {
     "cast": "limbeck.methods.cast.method:CAST",
+    "deps": "limbeck.methods.deps.method:DepS",
     "distill_nearest": "limbeck.methods.distill_nearest.method:DistillNearest",
     "distill_weighted": "limbeck.methods.distill_weighted.method:DistillWeighted",
     "embedding": "limbeck.methods.embedding.method:Embedding",

@@ -24,7 +24,8 @@ class Elastic(nn.Module):
 
     `forward(x, arch=...)`: which sub-network runs is an argument of the call. Its weights are views of the leading units of the
     model's own, so gradients add up in these, nothing is copied, and units outside get a gradient of exactly zero. Running
-    statistics are those of whichever sub-network ran last: see `limbeck.evaluate.recalibrate`.
+    statistics are the whole model's alone: sub-networks use them in evaluation mode and never write them, so a sub-network is
+    judged after `limbeck.evaluate.recalibrate` on an extracted copy.
 
     Args:
         module: The whole model, of any class that `structure` knows.
@@ -74,8 +75,7 @@ class Elastic(nn.Module):
         if found is None:
             self.space.check(arch)
             skeleton, pieces = cut(self.model, dict(arch), self._structure)
-            if not self.dropout:
-                _without_dropout(skeleton)
+            _quiet(skeleton, self.dropout)
             found = skeleton, _wires(skeleton, pieces, self.model)
         self._cache[key] = found
         while len(self._cache) > _CACHED:
@@ -106,9 +106,13 @@ def _wires(skeleton: nn.Module, pieces: Mapping[str, Piece], whole: nn.Module) -
     return wires
 
 
-def _without_dropout(skeleton: nn.Module) -> None:
+def _quiet(skeleton: nn.Module, dropout: bool) -> None:
+    """A sub-network writes no running statistics and, where it is not asked to, drops no units."""
     for part in skeleton.modules():
-        for name in ("p", "drop_prob", "drop_rate"):
+        if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
+            part.momentum = 0.0
+            part._buffers["num_batches_tracked"] = None
+        for name in () if dropout else ("p", "drop_prob", "drop_rate"):
             if isinstance(getattr(part, name, None), float):
                 setattr(part, name, 0.0)
 

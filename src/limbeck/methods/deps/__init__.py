@@ -1,0 +1,1 @@
+"""Delayed epsilon-shrinking: one training, networks of many sizes."""
