@@ -161,6 +161,10 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "optim": Optim("adam", lr=0.01, warmup=0.2, schedule="cosine"),
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "the student starts where the teacher is"},
     },
+    "deps": {
+        "method": lambda: registry.find("deps")(divisor=2, ramp=0.2),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "the loss shown is that of a random sub-network"},
+    },
     "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}},
     "kd3": {
         "roles": convolutions,

@@ -29,6 +29,8 @@ def vit():
     return timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8)
 """
 SMALL: dict[str, dict[str, Any]] = {
+    "deps-mobilenetv3": {"student": "mobilenet", "engine.steps": 4},
+    "deps-resnet50": {"student": "resnet", "engine.steps": 4},
     "distill-weighted-timm": {"teacher": ["resnet", "mobilenet"], "student": "mobilenet"},
     "kd3-imagenet-pool": {"teacher": "resnet", "student": "resnet"},
     "meal-v2-resnet50": {"teacher": ["resnet", "resnet"], "student": "resnet"},

@@ -163,7 +163,7 @@ def cut(
         part.__dict__.pop("train", None)  # of a frozen role, whose copy need not stay in evaluation mode
         _fix(part)
     for name in kept.keys() & parts.depths.keys():
-        _shorten(skeleton, parts.depths[name], kept[name].tolist())
+        _shorten(skeleton, parts.depths[name], kept[name])
     first = {id(tensor): name for name, tensor in reversed(_tensors(skeleton))}  # shared tensors under one name
     return skeleton, {name: origin[identity] for identity, name in first.items()}
 
@@ -193,7 +193,7 @@ def _tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [*parameters, *module.named_buffers(remove_duplicate=False)]
 
 
-def _units(parts: Structure, name: str, value: int | Sequence[int]) -> Tensor:
+def _units(parts: Structure, name: str, value: int | Sequence[int]) -> list[int]:
     part: Dim | Depth | None = parts.dims.get(name) or parts.depths.get(name)
     if part is None:
         raise _unknown(parts, name)
@@ -213,7 +213,7 @@ def _units(parts: Structure, name: str, value: int | Sequence[int]) -> Tensor:
             found=units,
             expected=f"{', '.join(map(str, part.fixed))} among them",
         )
-    return torch.tensor(units)
+    return units
 
 
 def _fix(part: Any) -> None:

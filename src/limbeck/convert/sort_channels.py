@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from limbeck.convert.slicing import Slice
 from limbeck.convert.structure import Dim, structure
@@ -47,8 +48,7 @@ class SortChannels:
         if not dims:
             raise UsageError("there is nothing to sort", where=type(inner).__name__, found=list(self.names))
         tensors = dict(inner.named_parameters(remove_duplicate=False))
-        keep = {dim.name: importance(dim, tensors).argsort(descending=True, stable=True).tolist() for dim in dims}
-        ordered, _ = Slice(keep)(inner)
+        ordered, _ = Slice({dim.name: _order(importance(dim, tensors)) for dim in dims})(inner)
         record = {"kind": f"{__name__}:sort_channels"}
         if isinstance(module, Elastic):
             return Elastic(ordered, module.space, module.dropout).train(module.training), record
@@ -58,6 +58,12 @@ class SortChannels:
 def sort_channels(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     """The structure of a sorted model, which is that of before: weights are loaded afterwards."""
     return module
+
+
+def _order(values: Tensor) -> list[int]:
+    if isinstance(values, FakeTensor):  # a plan has no values, and any order will do
+        return list(range(len(values)))
+    return values.argsort(descending=True, stable=True).tolist()
 
 
 @torch.no_grad()

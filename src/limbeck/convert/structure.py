@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -57,12 +57,12 @@ class Axis:
     unit: int = 1
     groups: int = 1
 
-    def index(self, kept: Tensor, size: int) -> slice | Tensor:
-        """Where on the axis the kept units `[n]` of `size` are; a slice for leading ones, so that what it takes is a view."""
-        if self.groups == 1 and torch.equal(kept, torch.arange(len(kept))):
+    def index(self, kept: Sequence[int], size: int) -> slice | Tensor:
+        """Where on the axis the kept units of `size` are; a slice for leading ones, so that what it takes is a view."""
+        if self.groups == 1 and list(kept) == list(range(len(kept))):
             return slice(0, len(kept) * self.unit)
         at = torch.arange(self.groups * size * self.unit).view(self.groups, size, self.unit)
-        return at[:, kept].flatten()
+        return at[:, list(kept)].flatten()
 
 
 @dataclass(frozen=True)

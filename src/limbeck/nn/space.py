@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from random import Random
 
-import torch
 from torch import nn
 
 from limbeck.convert.structure import structure
@@ -29,7 +29,7 @@ class Space:
 
     Example:
         >>> space = Space({"blocks": (2, 3), "width": (8, 12, 16)})
-        >>> space.count(), space.smallest(), space.sample(torch.Generator().manual_seed(0))
+        >>> space.count(), space.smallest(), space.sample(Random(0))
         (6, {'blocks': 2, 'width': 8}, {'blocks': 2, 'width': 16})
     """
 
@@ -102,15 +102,14 @@ class Space:
         """The sub-network with the first size of everything."""
         return {name: sizes[0] for name, sizes in self.choices.items()}
 
-    def sample(self, generator: torch.Generator) -> dict[str, int]:
+    def sample(self, generator: Random) -> dict[str, int]:
         """A sub-network with each size drawn alone, or with its group; processes with equal generators draw the same."""
-        draws = torch.rand(len(self.choices), generator=generator).tolist()
-        places = dict(zip(self.choices, draws, strict=True))
+        places = {name: generator.random() for name in self.choices}
         for group in self.together:
             places |= dict.fromkeys(group, places[group[0]])
         return {name: sizes[int(places[name] * len(sizes))] for name, sizes in self.choices.items()}
 
-    def sandwich(self, generator: torch.Generator, count: int = 4) -> list[dict[str, int]]:
+    def sandwich(self, generator: Random, count: int = 4) -> list[dict[str, int]]:
         """The largest, the smallest, and `count - 2` others drawn at random (Yu and Huang 2019)."""
         return [self.largest(), self.smallest(), *(self.sample(generator) for _ in range(count - 2))]
 

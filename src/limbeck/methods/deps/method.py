@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from random import Random
 from typing import Any, ClassVar
 
 import torch
@@ -129,9 +130,7 @@ class DepS(Method):
             "student", F.cross_entropy(logits, batch.y, label_smoothing=self.label_smoothing), apply=False,
             logs={"epsilon": torch.tensor(eps)},
         )  # fmt: skip
-        generator = torch.Generator().manual_seed(
-            1_000_003 * m.seed + m.step
-        )  # the same in all micro-batches and processes
+        generator = Random(1_000_003 * m.seed + m.step)  # the same in all micro-batches and processes
         elastic: Any = m.student.module
         for arch in elastic.space.sandwich(generator, self.subnets)[1:]:
             student = m.student(batch, arch=arch) / self.temperature

@@ -19,7 +19,7 @@ from limbeck.prove import Arm, Comparison, Proof, Trial, accuracy, fit, seeded
 
 BATCH, PASSES = 50, 1932
 RATES = (0.01, 0.03, 0.1)
-OPTIM = Optim("sgd", momentum=0.9, nesterov=True, weight_decay=1e-4, schedule="cosine")
+OPTIM = Optim("sgd", momentum=0.9, nesterov=True, weight_decay=1e-4, schedule="cosine", clip=5.0)
 METHOD = DepS(expand=(8 / 96, 24 / 96, 1.0), depth=(1, 2, 4), ramp=5 / 60)
 JUDGED = ((0, 0), (1, 0), (0, 1), (1, 1), (2, 2))  # places of width and depth among their choices: least, between, most
 
