@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from limbeck.api import build, run
+from limbeck.api import build, load, run
 from limbeck.core.recipe import Recipe
+from limbeck.models.specs import import_object
+from limbeck.nn.nm import violations
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CIFAR = f"{RECIPES / 'cifar.py'}:resnet20"
@@ -44,6 +46,7 @@ SMALL: dict[str, dict[str, Any]] = {
 TEXTS = {
     "minilm-2-layers": "tests/sentence runs the same job to its end",
     "lelp-minilm-sst2": "has a test of its own below",
+    "cast-gpt2": "has a test of its own below",
 }
 
 
@@ -108,6 +111,34 @@ def test_the_recipe_of_texts_takes_a_real_step(tmp_path: Path) -> None:
     overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
     result = run(build(Recipe.load(RECIPES / "lelp-minilm-sst2.yaml", overrides)), progress="off")
     assert result.metrics
+
+
+def test_the_recipe_of_a_language_model_takes_a_real_step(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "small.py").write_text(
+        "from transformers import GPT2Config, GPT2LMHeadModel\n\n\ndef gpt2():\n    options = {'bos_token_id': 0}\n"
+        "    return GPT2LMHeadModel(GPT2Config(vocab_size=256, n_embd=32, n_layer=2, n_head=2, n_positions=32, **options))\n"
+    )
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("All happy families are alike; " * 60)
+    given = {
+        "teacher": f"{tmp_path / 'small.py'}:gpt2", "data.spec": str(tmp_path / "corpus"), "data.block_size": 32,
+        "data.tokenizer": None, "data.validation": 0.1, "data.test": 0.1, "engine.steps": 2, "engine.batch_size": 8,
+        "engine.micro_batches": 2, "engine.device": "cpu", "engine.precision": "fp32", "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    recipe = Recipe.load(RECIPES / "cast-gpt2.yaml", [f"{field}={json.dumps(value)}" for field, value in given.items()])
+    with pytest.warns(UserWarning, match="masking has a price"):  # two steps
+        result = run(build(recipe), progress="off")
+    assert {"log_likelihood", "perplexity", "teacher_kl"} <= result.metrics.keys()
+    blocks = result.roles.student.module.transformer.h
+    assert (
+        violations(blocks[0].attn.c_attn.weight, 2, 4, dim=0)
+        == violations(blocks[1].mlp.c_proj.weight, 2, 4, dim=0)
+        == 0
+    )
+    loaded = load(tmp_path / "run", import_object(f"{tmp_path / 'small.py'}:gpt2")())
+    x = {"input_ids": torch.arange(32)[None]}
+    assert loaded(**x).logits.equal(result.roles.student.module.eval()(**x).logits)
 
 
 def test_every_recipe_is_tried() -> None:

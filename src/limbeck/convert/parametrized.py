@@ -88,7 +88,8 @@ class Finalise:
         finalise_module(folded, record)
         with torch.no_grad():
             for path, weight in weights.items():
-                folded.get_parameter(f"{path}.weight" if path else "weight").copy_(weight)
+                plain: Any = folded.get_submodule(path)
+                plain.weight.copy_(weight)
         return folded, record
 
 
@@ -106,6 +107,9 @@ def parametrize_module(module: nn.Module, record: Mapping[str, Any]) -> nn.Modul
                 error.what, where=f"{path}: {error.where}", found=error.found, expected=error.expected, fix=error.fix
             ) from None
         parametrize.register_parametrization(part, "weight", made.to(weight.device).train(part.training), unsafe=True)
+        stack: Any = part.parametrizations["weight"]  # type: ignore[index]
+        if "original" in stack._buffers:  # torch does not know a parameter in the fake tensors of a plan
+            stack.register_parameter("original", nn.Parameter(stack._buffers.pop("original").detach()))
     return module
 
 

@@ -13,6 +13,7 @@ from limbeck.data import embedded, folders, tables
 from limbeck.data.build import complete, from_object, from_tables, hub_tables, is_hub, with_transforms
 from limbeck.data.data import Data
 from limbeck.data.images import SUFFIXES, image_files
+from limbeck.data.language import text_blocks
 from limbeck.data.options import DataOptions
 from limbeck.data.text import TextSource
 from limbeck.models.specs import import_object, is_object
@@ -21,7 +22,7 @@ Tokenizer = Callable[..., Any] | None
 _SAVED = ("dataset_dict.json", "dataset_info.json")  # what save_to_disk of Hugging Face writes
 
 
-def load_data(spec: Any, *, tokenizer: Callable[..., Any] | None = None, **options: Any) -> Data:
+def load_data(spec: Any, *, tokenizer: Callable[..., Any] | str | None = None, **options: Any) -> Data:
     """Data from almost anything; everything that can be checked without reading all of it is checked here.
 
     Args:
@@ -30,7 +31,7 @@ def load_data(spec: Any, *, tokenizer: Callable[..., Any] | None = None, **optio
             `.txt` file (one sentence a line) or a folder of them; `hf:NAME` or `hf:NAME:CONFIG` for Hugging Face
             `datasets`; `file.py:function` or `package.module:factory` that returns any of the following; a `Data`, a
             mapping of splits, a source, a data set or data loader of torch, tensors `(x, y)`.
-        tokenizer: For texts; see `TextSource`.
+        tokenizer: For texts; see `TextSource`, and `DataOptions` for names.
         **options: The fields of `DataOptions`.
 
     Returns:
@@ -47,6 +48,8 @@ def load_data(spec: Any, *, tokenizer: Callable[..., Any] | None = None, **optio
         >>> list(data), data.num_classes
         (['train', 'validation', 'test'], 3)
     """
+    if isinstance(tokenizer, str):
+        options["tokenizer"], tokenizer = tokenizer, None
     o = DataOptions.of(options)
     data = _load(spec, o, tokenizer)
     if o.unlabelled is None:
@@ -76,7 +79,21 @@ def _load(spec: Any, o: DataOptions, tokenizer: Tokenizer) -> Data:
     if is_object(text):
         made = import_object(text)
         return _from_value(made() if callable(made) and not isinstance(made, Data) else made, o, tokenizer)
+    if o.block_size is not None:
+        return _blocks(_existing(text), o, o.block_size)
     return _from_path(_existing(text), o, tokenizer)
+
+
+def _blocks(path: Path, o: DataOptions, size: int) -> Data:
+    if o.tokenizer is None:
+        return text_blocks(path, size, validation=o.validation, test=o.test)
+    auto = require("transformers", extra="language").AutoTokenizer
+    try:
+        tokenizer = auto.from_pretrained(o.tokenizer, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        message = str(error).splitlines()[0]
+        raise UsageError("this tokenizer cannot be loaded", where="data.tokenizer", found=message) from None
+    return text_blocks(path, size, tokenizer, validation=o.validation, test=o.test)
 
 
 def _from_value(value: Any, o: DataOptions, tokenizer: Tokenizer) -> Data:

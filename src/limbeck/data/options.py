@@ -25,6 +25,8 @@ class DataOptions:
         augment: Whether training images are cropped and flipped at random.
         views: Number of augmentation seeds; 0 for a new one every epoch. Storing a teacher's outputs needs 1 or more.
         max_length: Tokens of a text that are kept; None keeps what the tokenizer allows.
+        block_size: Tokens of a block, for causal language models: `.txt` files are one long text, cut into blocks.
+        tokenizer: Of that text: the name of one of transformers. Default: bytes.
         validation: Share of the training samples that becomes the validation split where there is none, in [0, 1).
         test: Share that becomes the test split where there is one split only, in [0, 1).
         unlabelled: Further samples without labels, named like `spec`: they become the split `unlabelled`.
@@ -41,6 +43,8 @@ class DataOptions:
     augment: bool = True
     views: int = 0
     max_length: int | None = None
+    block_size: int | None = None
+    tokenizer: str | None = None
     validation: float = 0.1
     test: float = 0.1
     unlabelled: str | None = None
@@ -55,6 +59,7 @@ class DataOptions:
             ("image_size", size, "1 or more"),
             ("views", self.views >= 0, "0 or more"),
             ("max_length", length, "1 or more"),
+            ("block_size", self.block_size is None or self.block_size > 1, "2 or more"),
         ]:
             if not ok:
                 found = getattr(self, name)

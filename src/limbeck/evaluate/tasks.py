@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
+from limbeck.data.language import TokenBlocks
 from limbeck.evaluate import metrics
 from limbeck.evaluate.cost import evaluating
+from limbeck.losses import kl
+from limbeck.losses.tokens import IGNORE, next_tokens
 
 _TEXTS = 1000  # texts that similarity and retrieval look at, evenly spaced: all are compared with all
 
@@ -84,10 +88,69 @@ class Classification:
         return _numbers(scores, labels, self._teacher[0] if self._teacher is not None else None)
 
 
+class LanguageModelling:
+    """Judges causal language models by the next token: `log_likelihood` (mean, nats per token; higher is better),
+    `perplexity`, `top1`; and, where there is a teacher, `agreement` and `teacher_kl` per token.
+
+    Args:
+        source: Held-out blocks of tokens.
+        batch_size: Blocks of one call.
+        compare: Whether there is a teacher of the same tokens to compare with.
+
+    Example:
+        >>> from limbeck.data.language import TokenBlocks
+        >>> class Same(torch.nn.Module):
+        ...     def forward(self, input_ids, attention_mask):
+        ...         return torch.zeros(*input_ids.shape, 4)
+        >>> evaluate = LanguageModelling(TokenBlocks(torch.arange(8) % 4, 4), compare=False)
+        >>> round(evaluate(Roles(student=Same()))["perplexity"], 4)
+        4.0
+    """
+
+    task, primary = "language modelling", "log_likelihood"
+
+    def __init__(self, source: Source, batch_size: int = 16, compare: bool = True) -> None:
+        self.source, self.batch_size, self.compare = source, batch_size, compare
+
+    def __call__(self, m: Roles) -> dict[str, float]:
+        """The student's numbers."""
+        return self.judge(m, "student")
+
+    @torch.no_grad()
+    def judge(self, m: Roles, role: str) -> dict[str, float]:
+        """The numbers of any role; nothing of the size of all logits is kept."""
+        compare = self.compare and role != "teacher" and "teacher" in m
+        sums: dict[str, float] = {}
+        count = 0
+        for rows in torch.arange(len(self.source)).split(self.batch_size):
+            batch = self.source.batch(rows, 0).to(next((p.device for p in m[role].parameters()), torch.device("cpu")))
+            labels = next_tokens(batch.x)
+            kept = labels != IGNORE
+            with evaluating(m[role].module):
+                scores = m[role](batch)[kept].float()
+            found = {
+                "log_likelihood": -torch.nn.functional.cross_entropy(scores, labels[kept], reduction="sum"),
+                "top1": (scores.argmax(-1) == labels[kept]).sum(),
+            }
+            if compare:
+                teacher = m.teacher(batch)[kept].float()
+                found["agreement"] = (scores.argmax(-1) == teacher.argmax(-1)).sum()
+                found["teacher_kl"] = kl(scores, teacher, reduction="sum")
+            count += int(kept.sum())
+            sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+        means = {name: value / max(1, count) for name, value in sums.items()}
+        return {
+            "log_likelihood": means.pop("log_likelihood"),
+            "perplexity": math.exp(-sums["log_likelihood"] / max(1, count)),
+            **means,
+        }
+
+
 def evaluator(
     source: Source, student: nn.Module, batch_size: int = 256, taught: Source | None = None, compare: bool = True
 ) -> Evaluator | None:
-    """The evaluator that fits: retrieval or similarity for sentence encoders, else classification.
+    """The evaluator that fits: retrieval or similarity for sentence encoders, next tokens for blocks of tokens, else
+    classification.
 
     Args:
         source: Held-out samples.
@@ -99,6 +162,8 @@ def evaluator(
     Returns:
         None where there is nothing to judge by: texts that are too few.
     """
+    if isinstance(getattr(source, "source", source), TokenBlocks):
+        return LanguageModelling(source, min(batch_size, 16), compare)
     texts = getattr(source, "texts", None)
     if texts is None or not hasattr(student, "encode"):
         return Classification(source, batch_size, taught, compare)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +99,20 @@ def nm_bits(n: int, m: int, bits: int, *, pairs: bool = False) -> float:
     return float(n * bits + kept * math.ceil(math.log2(places)))
 
 
+class StraightThrough(torch.autograd.Function):
+    """`weight * mask`, whose gradient in the weight is that of the product."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
+        """The masked weight."""
+        return weight * mask
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        """The gradient, unmasked."""
+        return grads[0], None
+
+
 class MaskedNM(nn.Module):
     """A parametrization that masks a weight to an N:M pattern; the gradient goes straight through to all of it.
 
@@ -134,8 +149,7 @@ class MaskedNM(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that the layer uses."""
-        masked = weight * self.mask
-        return weight + (masked - weight).detach() if self.dense_gradient else masked
+        return StraightThrough.apply(weight, self.mask) if self.dense_gradient else weight * self.mask
 
     def finalise(self, weight: Tensor) -> Tensor:
         """The weight that stays, zeros exactly zero."""

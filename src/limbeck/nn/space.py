@@ -28,9 +28,10 @@ class Space:
         UsageError: Sizes are missing or not ascending, or names that go together have not equally many.
 
     Example:
+        >>> from random import Random
         >>> space = Space({"blocks": (2, 3), "width": (8, 12, 16)})
         >>> space.count(), space.smallest(), space.sample(Random(0))
-        (6, {'blocks': 2, 'width': 8}, {'blocks': 2, 'width': 16})
+        (6, {'blocks': 2, 'width': 8}, {'blocks': 3, 'width': 16})
     """
 
     choices: Mapping[str, Sequence[int]]

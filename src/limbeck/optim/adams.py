@@ -89,10 +89,10 @@ class AdamS(Optimizer):
                 if p.grad is not None:
                     state = self.state[p]
                     if not state:
-                        state["step"] = torch.zeros(())
+                        state["step"] = 0
                         state["exp_avg"] = torch.zeros_like(p)
                         state["exp_avg_sq"] = torch.zeros_like(p)
-                    by_count.setdefault(int(state["step"]), []).append(p)
+                    by_count.setdefault(state["step"], []).append(p)
             for count, params in by_count.items():
                 self._move(group, params, count)
         return loss

@@ -149,11 +149,15 @@ def _load(spec: str, **how: Any) -> nn.Module:
 def _shapes(spec: str, options: Mapping[str, Any], reader: nn.Module, samples: int, classes: int | None) -> Data:
     known = DataOptions.of(options)
     reader = reader.members[0] if isinstance(reader, Ensemble) else reader
-    if model_tokenizer(reader) is not None:
+    if known.block_size is not None:
+        block = ((known.block_size,), torch.int64)
+        x: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = {"input_ids": block, "attention_mask": block}
+        classes = None
+    elif model_tokenizer(reader) is not None:
         if known.max_length is None:
             raise _unknown(spec, "data.max_length", "the number of tokens of a text")
         tokens = ((known.max_length,), torch.int64)
-        x: Mapping[str, tuple[tuple[int, ...], torch.dtype]] = {"input_ids": tokens, "attention_mask": tokens}
+        x = {"input_ids": tokens, "attention_mask": tokens}
         classes = None if known.label is None else classes or 1
     else:
         size = known.image_size or model_image_size(reader)
