@@ -2,8 +2,8 @@
 
     python benchmarks/constructed.py --out benchmarks/results/constructed.json
 
-- A training step under 2:4 parametrizations (mask and AdamS) over the same step of the dense network with AdamW: GPT-2 of four layers
-  and width 256, 4 x 128 tokens.
+- A training step under 2:4 (mask with AdamW, CAST with AdamS) over the same step of the dense network with AdamW:
+  GPT-2 of four layers and width 256, 4 x 128 tokens.
 - A sub-network's call over the call of the extracted network, and a step of DepS with four networks over the sum of the four
   networks' own forward and backward passes and one optimizer step: MobileNetV3-Large, 8 images of 96 pixels.
 

@@ -5,5 +5,5 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 
 def gpt2() -> nn.Module:
-    """The structure, with random weights; `@FILE` fills it with the published ones, a file of safetensors."""
+    """The structure, with random weights; `@FILE` fills it with the published ones."""
     return GPT2LMHeadModel(GPT2Config(use_cache=False))
