@@ -71,25 +71,25 @@ class Finalise:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> sparse, _ = Parametrize("limbeck.nn.nm:MaskedNM", {"n": 2, "m": 4})(net)
         >>> plain, record = Finalise()(sparse)
-        >>> plain[0].weight.equal(sparse[0].weight), type(plain[0]).__name__, record["paths"]
-        (True, 'Linear', ['0'])
+        >>> plain[0].weight.equal(sparse[0].weight), type(plain[0]).__name__, record["tensors"]
+        (True, 'Linear', ['0.weight'])
     """
 
     def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """The plain model, and the record of what was folded."""
-        paths = [path for path, _ in parametrized(module)]
-        if not paths:
+        tensors = [_join(path, name) for path, part in module.named_modules() for name in _stacks(part)]
+        if not tensors:
             raise UsageError(
                 "there is nothing to finalise", where=type(module).__name__, expected="a model under parametrizations"
             )
         folded = copy.deepcopy(module)
-        weights = {path: fold(part) for path, part in parametrized(folded)}
-        record = {"kind": f"{__name__}:finalise_module", "paths": paths}
+        values = {tensor: fold(*_at(folded, tensor)) for tensor in tensors}
+        record = {"kind": f"{__name__}:finalise_module", "tensors": tensors}
         finalise_module(folded, record)
         with torch.no_grad():
-            for path, weight in weights.items():
-                plain: Any = folded.get_submodule(path)
-                plain.weight.copy_(weight)
+            for tensor, value in values.items():
+                part, name = _at(folded, tensor)
+                getattr(part, name).copy_(value)
         return folded, record
 
 
@@ -115,11 +115,11 @@ def parametrize_module(module: nn.Module, record: Mapping[str, Any]) -> nn.Modul
 
 def finalise_module(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     """Remove a model's parametrizations in place, as a record says; weights are loaded afterwards."""
-    for path in record["paths"]:
-        part = module.get_submodule(path)
+    for tensor in record["tensors"]:
+        part, name = _at(module, tensor)
         # torch takes the property off the class, which copies of a parametrized layer have in common.
         part.__class__ = type(type(part).__name__, type(part).__bases__, dict(vars(type(part))))
-        parametrize.remove_parametrizations(part, "weight", leave_parametrized=False)
+        parametrize.remove_parametrizations(part, name, leave_parametrized=False)
     return module
 
 
@@ -151,13 +151,27 @@ def under(module: nn.Module, kind: type[nn.Module]) -> Iterator[tuple[nn.Paramet
 
 
 @torch.no_grad()
-def fold(part: Any) -> Tensor:
-    """The plain weight of a layer whose weight is under parametrizations, in their order."""
-    stack = part.parametrizations.weight
-    weight = stack.original
+def fold(part: Any, name: str = "weight") -> Tensor:
+    """The plain value of a tensor that is under parametrizations, in their order."""
+    stack = part.parametrizations[name]
+    value = stack.original
     for made in stack:
-        weight = made.finalise(weight) if hasattr(made, "finalise") else made(weight)
-    return weight
+        value = made.finalise(value) if hasattr(made, "finalise") else made(value)
+    return value
+
+
+def _stacks(part: nn.Module) -> list[str]:
+    """The names of a module's own tensors that are under parametrizations."""
+    return list(part.parametrizations) if parametrize.is_parametrized(part) else []  # type: ignore[arg-type]
+
+
+def _at(module: nn.Module, tensor: str) -> tuple[Any, str]:
+    path, _, name = tensor.rpartition(".")
+    return module.get_submodule(path), name
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _kind(name: str) -> Any:
