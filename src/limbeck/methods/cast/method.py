@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from limbeck.convert.parametrized import Finalise, Parametrize, parametrized, under
 from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
 from limbeck.core.optim import Optim
 from limbeck.core.roles import Roles
@@ -102,10 +103,17 @@ class CAST(Method):
         """AdamS over the groups of the settings, whatever optimizer they name."""
         module = m[role].module
         masks = {weight: made.mask for weight, made in under(module, ScaledNM)}
-        groups = [
-            {name: group[name] for name in ("params", "lr", "weight_decay")}
-            for group in optim.build(module).param_groups
-        ]
+        if optim.maximize:
+            raise UsageError("AdamS descends", where="optim.student.maximize", found=True, expected="false")
+        factors = {
+            id(made.scale) for _, made in under(module, ScaledNM)
+        }  # decay would shrink rows that they should restore
+        groups: list[dict[str, Any]] = []
+        for group in optim.build(module).param_groups:
+            own = [p for p in group["params"] if id(p) in factors]
+            rest = [p for p in group["params"] if id(p) not in factors]
+            groups += [{"params": rest, "lr": group["lr"], "weight_decay": group["weight_decay"]}] if rest else []
+            groups += [{"params": own, "lr": group["lr"], "weight_decay": 0.0}] if own else []
         return AdamS(groups, masks, decay=self.decay, steps=m.total, lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
     def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
@@ -124,7 +132,8 @@ class CAST(Method):
             hard = token_cross_entropy(student, labels)
         else:
             soft = kl(student, teacher, temperature=self.temperature)
-            hard = F.cross_entropy(student, batch.y) if "y" in batch else torch.zeros_like(soft)
+            labelled = "y" in batch
+            hard = F.cross_entropy(student.flatten(0, -2), batch.y.flatten()) if labelled else torch.zeros_like(soft)
         share = self.label_weight if count is not None or "y" in batch else 0.0
         loss = (1 - share) * soft + share * hard
         yield Update("student", loss, count=count, logs={"soft": soft, "hard": hard})
@@ -138,7 +147,6 @@ def reached_ratio(m: Roles, folder: Any) -> dict[str, Any]:
     for path, part in parametrized(m.student.module):
         weight, made = next(under(part, ScaledNM))
         magnitude, mask = weight.abs().float(), made.mask
-        made.refresh(weight)
         inside, outside = magnitude[mask].mean(), magnitude[~mask].mean() if (~mask).any() else magnitude.new_zeros(())
         layers[path] = (outside / inside).item()
         gone, few = gone + magnitude[~mask].sum().cpu(), few + int((~mask).sum())
