@@ -112,6 +112,28 @@ def test_next_tokens_are_learnt_the_same_way():
     torch.testing.assert_close(token_kl(s, t, labels), kl(s.flatten(0, 1)[flat], t.flatten(0, 1)[flat]))
 
 
+def test_labels_of_every_position_count_alike():
+    torch.manual_seed(0)
+    start = nn.Linear(8, 4)
+    method = CAST(include=("",))
+    m = Roles(teacher=start, student=method.sparse(nn.Linear(8, 4))[0])
+    x, y = torch.randn(3, 4, 8), torch.arange(12).view(3, 4) % 4  # as many positions as classes
+    flat = loss(method, m, Batch(x=x.flatten(0, 1), y=y.flatten()))
+    torch.testing.assert_close(loss(method, m, Batch(x=x, y=y)), flat)
+
+
+def test_factors_do_not_decay_and_adams_descends():
+    m = roles(CAST())
+    m.total = 10
+    groups = CAST().optimizer(m, "student", Optim(weight_decay=0.1)).param_groups
+    factors = {id(made.scale) for _, made in under(m.student.module, ScaledNM)}
+    decays = {group["weight_decay"] for group in groups for p in group["params"] if id(p) in factors}
+    assert decays == {0.0}
+    assert sum(len(group["params"]) for group in groups) == len(list(m.student.parameters()))
+    with pytest.raises(UsageError, match="descends"):
+        CAST().optimizer(m, "student", Optim(maximize=True))
+
+
 def test_it_ends_sparse_and_says_how_far_it_came():
     start = dense()
     data = Data(train=TensorSource(X.repeat(4, 1), torch.arange(80) % 3))

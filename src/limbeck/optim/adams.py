@@ -59,11 +59,11 @@ class AdamS(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        for name, ok in [("lr", lr > 0), ("decay", decay >= 0), ("steps", steps >= 0), ("eps", eps >= 0)]:
-            if not ok:
-                raise UsageError(
-                    "AdamS has a number out of range", where=name, found=locals()[name], expected="above 0"
-                )
+        numbers = {"lr": lr, "decay": decay, "steps": steps, "eps": eps, "weight_decay": weight_decay}
+        for name, value in numbers.items():
+            if value < 0 or (name == "lr" and value == 0):
+                expected = "above 0" if name == "lr" else "0 or more"
+                raise UsageError("AdamS has a number out of range", where=name, found=value, expected=expected)
         self.masks = {id(p): mask for p, mask in masks.items()}
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "decay": decay, "steps": steps}
         super().__init__(params, defaults)
