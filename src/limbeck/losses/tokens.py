@@ -22,6 +22,7 @@ def next_tokens(x: Any) -> Tensor:
         `[B, L]` int64, the last position and padding ignored.
 
     Example:
+        >>> import torch
         >>> next_tokens({"input_ids": torch.tensor([[5, 6, 7, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])})
         tensor([[   6,    7, -100, -100]])
     """
@@ -45,6 +46,7 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         `Update(count=...)`.
 
     Example:
+        >>> import torch
         >>> token_cross_entropy(torch.zeros(1, 2, 4), torch.tensor([[3, IGNORE]]))
         tensor(1.3863)
     """
@@ -65,6 +67,7 @@ def token_kl(student: Tensor, teacher: Tensor, labels: Tensor, *, temperature: f
         Scalar, nats per token; 0 where nothing is predicted.
 
     Example:
+        >>> import torch
         >>> token_kl(torch.zeros(1, 2, 4), torch.zeros(1, 2, 4), torch.tensor([[3, IGNORE]]))
         tensor(0.)
     """
@@ -76,6 +79,7 @@ def token_count(labels: Tensor) -> Tensor:
     """Positions that predict a token, 1 at least: a 0-d tensor for `Update(count=...)`.
 
     Example:
+        >>> import torch
         >>> token_count(torch.tensor([[3, IGNORE]]))
         tensor(1)
     """
