@@ -118,6 +118,7 @@ class Updater:
                     )
                 if (
                     update is not None
+                    and update.loss is not None  # one that only applies has nothing to add to what is held
                     and update.role in self.pending
                     and (update.count is not None or self.runtime.world > 1)
                 ):
