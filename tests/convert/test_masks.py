@@ -7,7 +7,7 @@ import torch
 from test_slicing import MODELS, answer, model
 from torch import nn
 
-from limbeck.convert.masks import AddMasks, PruneMasked, sparsity
+from limbeck.convert.masks import AddMasks, PruneMasked
 from limbeck.convert.record import load_student, save_student
 from limbeck.convert.structure import structure
 from limbeck.core.errors import UsageError
@@ -63,16 +63,20 @@ def test_the_gates_of_a_step_are_drawn_once_and_learn():
 
 def test_what_is_expected_to_be_shut():
     whole = mlp(8, 16, 4)
-    dims, sizes = structure(whole).dims, {n: p.numel() for n, p in whole.named_parameters()}
     gated, _ = AddMasks(("*.channels",))(whole)
     gate = gated.gates.gates[0]
-    p = sparsity(gated, dims, sizes)
+    p = gated.gates.sparsity()
     open_ = gate.open_probability().mean()
     torch.testing.assert_close(p, 1 - open_)  # every counted tensor runs over the dimension once
     p.backward()
     assert (gate.alpha.grad < 0).all()
     gate.alpha.data.copy_(torch.where(torch.arange(16) < 4, 60.0, -60.0))
-    assert sparsity(gated, dims, sizes).item() == pytest.approx(0.75, abs=1e-6)
+    assert gated.gates.sparsity().item() == pytest.approx(0.75, abs=1e-6)
+
+
+def test_sparsity_counts_against_a_bigger_model():
+    gated, _ = AddMasks(("*.channels",), initial=60.0, total=2 * (8 * 16 + 16 + 16 * 4))(mlp(8, 16, 4))
+    assert gated.gates.sparsity().item() == pytest.approx(0.5)
 
 
 def test_width_and_units_multiply():
@@ -86,7 +90,7 @@ def test_width_and_units_multiply():
     left = {n: p.numel() for n, p in pruned.named_parameters()}
     counted = {a.tensor for d in dims.values() if not d.name.endswith("width") for a in d.axes}
     kept = sum(left[n] for n in counted) / sum(sizes[n] for n in counted)
-    assert sparsity(gated, dims, sizes).item() == pytest.approx(1 - kept, abs=1e-5)
+    assert gated.gates.sparsity().item() == pytest.approx(1 - kept, abs=1e-5)
 
 
 def test_what_cannot_be_gated_is_said():

@@ -25,11 +25,22 @@ class Gates(nn.Module):
     Args:
         dims: The dimensions.
         initial: `alpha` at the start.
+        sizes: Numbers in each prunable tensor, by name.
+        total: How many prunable numbers there were before any was pruned. Default: those there are.
     """
 
-    def __init__(self, dims: Sequence[Dim], initial: float) -> None:
+    def __init__(
+        self, dims: Sequence[Dim], initial: float, sizes: Mapping[str, int] | None = None, total: int | None = None
+    ) -> None:
         super().__init__()
         self.names = [dim.name for dim in dims]
+        self.sizes = dict(sizes or {})
+        self.total = total or sum(self.sizes.values())
+        self.runs: dict[str, list[int]] = {name: [] for name in self.sizes}  # the gates that each tensor is under
+        for place, dim in enumerate(dims):
+            for axis in dim.axes:
+                if axis.tensor in self.runs:
+                    self.runs[axis.tensor].append(place)
         self.gates = nn.ModuleList(HardConcrete(dim.size, initial) for dim in dims)
         self.drawn: list[Tensor] | None = None
 
@@ -46,6 +57,23 @@ class Gates(nn.Module):
     def probabilities(self) -> dict[str, Tensor]:
         """`P(z > 0)` of each unit, by dimension."""
         return {name: gate.open_probability() for name, gate in zip(self.names, self, strict=True)}
+
+    def sparsity(self) -> Tensor:
+        """The share of prunable numbers that is expected to be gone: `1 - sum_tensors prod_axes mean P(z > 0) numel / total`.
+
+        Prunable are the tensors that heads, channels and hidden units run over; embeddings, norms and projections are not.
+
+        Returns:
+            Scalar with a gradient in the gates.
+        """
+        open_ = [gate.open_probability().mean() for gate in self]
+        left = torch.zeros((), device=open_[0].device)
+        for name, places in self.runs.items():
+            share = torch.full((), float(self.sizes[name]), device=left.device)
+            for place in places:
+                share = share * open_[place]
+            left = left + share
+        return 1 - left / self.total
 
     def kept(self) -> dict[str, list[int]]:
         """The units that stay, by dimension."""
@@ -120,6 +148,8 @@ class AddMasks:
     Args:
         dims: Globs of dimensions; see `limbeck.convert.structure`.
         initial: `alpha` of the gates at the start.
+        total: What the sparsity of the gates is a share of: the prunable numbers of a bigger model that this one was part of.
+            Default: of this one.
 
     Raises:
         UsageError: The model has none of them, norms of a width that are no layer norms, or weights of a width that are tied.
@@ -133,13 +163,20 @@ class AddMasks:
 
     dims: Sequence[str] = ("*.heads", "*.ffn")
     initial: float = 2.5
+    total: int | None = None
 
     def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """The gated model, in `gates` its `Gates`, and the record that rebuilds it."""
-        names = [name for name in structure(module).dims if any(fnmatchcase(name, glob) for glob in self.dims)]
+        parts = structure(module).dims
+        names = [name for name in parts if any(fnmatchcase(name, glob) for glob in self.dims)]
         if not names:
             raise UsageError("the model has no such dimension", where="dims", found=list(self.dims))
-        record = {"kind": f"{__name__}:add_masks", "dims": names, "initial": self.initial}
+        counted = {axis.tensor for dim in parts.values() if not dim.name.endswith("width") for axis in dim.axes}
+        sizes = {name: p.numel() for name, p in module.named_parameters(remove_duplicate=False) if name in counted}
+        record = {
+            "kind": f"{__name__}:add_masks", "dims": names, "initial": self.initial, "sizes": sizes,
+            "total": self.total or sum(sizes.values()),
+        }  # fmt: skip
         return add_masks(copy.deepcopy(module), record), record
 
 
@@ -147,7 +184,7 @@ def add_masks(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     """Put gates on a model in place, as a record says."""
     parts = structure(module)
     dims = [parts.dims[name] for name in record["dims"]]
-    gates = Gates(dims, record["initial"]).to(next(module.parameters()).device)
+    gates = Gates(dims, record["initial"], record["sizes"], record["total"]).to(next(module.parameters()).device)
     names = [id(p) for _, p in module.named_parameters(remove_duplicate=False)]
     shared = {id(p) for p in module.parameters() if names.count(id(p)) > 1}
     for place, dim in enumerate(dims):
@@ -213,28 +250,3 @@ def prune_masked(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
             setattr(plain.get_submodule(parent), name, part.norm)
     del plain.gates
     return Slice(record["keep"])(plain)[0]
-
-
-def sparsity(module: nn.Module, parts: Mapping[str, Dim], sizes: Mapping[str, int]) -> Tensor:
-    """The share of prunable weights that is expected to be shut: `1 - sum_tensors prod_axes mean P(z > 0) numel / total`.
-
-    Prunable are the tensors that heads and hidden units run over; embeddings, norms and projections are not counted.
-
-    Args:
-        module: A gated model.
-        parts: The dimensions of the model before it was gated.
-        sizes: Numbers in each of its tensors, by name.
-
-    Returns:
-        Scalar with a gradient in the gates.
-    """
-    open_ = {name: p.mean() for name, p in module.gates.probabilities().items()}  # type: ignore[union-attr, operator]
-    counted = {axis.tensor for dim in parts.values() if not dim.name.endswith("width") for axis in dim.axes}
-    share: dict[str, Tensor] = {}
-    for dim in parts.values():
-        for axis in dim.axes:
-            if axis.tensor in counted and dim.name in open_:
-                share[axis.tensor] = share.get(axis.tensor, torch.ones(())) * open_[dim.name]
-    total = sum(sizes[name] for name in counted)
-    kept = sum((share.get(name, torch.ones(())) * sizes[name] for name in sorted(counted)), torch.zeros(()))
-    return 1 - kept / total

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import UsageError
@@ -43,7 +44,7 @@ def main_output(output: Any) -> Tensor:
         output: A tensor, a `ModelOutput` or mapping with a known key (logits first), or a tuple whose first item counts.
 
     Returns:
-        The tensor.
+        The tensor; of a dual encoder, which gives `image_embeds` and `text_embeds` of pairs, both `[B, 2, D]`.
 
     Raises:
         UsageError: None of these forms.
@@ -59,6 +60,8 @@ def main_output(output: Any) -> Tensor:
         for key in _KEYS:
             if output.get(key) is not None:
                 return output[key]
+        if output.get("image_embeds") is not None and output.get("text_embeds") is not None:
+            return torch.stack([output["image_embeds"], output["text_embeds"]], dim=1)
     elif isinstance(output, tuple | list) and output:
         return main_output(output[0])
     elif isinstance(getattr(output, "logits", None), Tensor):
@@ -67,7 +70,7 @@ def main_output(output: Any) -> Tensor:
     raise UsageError(
         "a model returned something that is not understood",
         found=found,
-        expected=f"a tensor, a tuple, or a mapping with one of {', '.join(_KEYS)}",
+        expected=f"a tensor, a tuple, or a mapping with one of {', '.join(_KEYS)}, or image_embeds and text_embeds",
         fix="wrap the model in a module whose forward returns the logits or the embedding",
     )
 

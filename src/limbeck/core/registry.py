@@ -29,6 +29,7 @@ METHODS: Mapping[str, str] = {
     "pld": "limbeck.methods.pld.method:PLD",
     "self_distillation": "limbeck.methods.self_distillation.method:SelfDistillation",
     "ssld": "limbeck.methods.ssld.method:SSLD",
+    "tinyclip": "limbeck.methods.tinyclip.method:TinyCLIP",
     "wa": "limbeck.methods.wa.method:WA",
     "wad": "limbeck.methods.wad.method:WAD",
 }

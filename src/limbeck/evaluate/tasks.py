@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
+from limbeck.data.image_text import ImageText
 from limbeck.data.language import TokenBlocks
 from limbeck.evaluate import metrics
 from limbeck.evaluate.cost import evaluating
@@ -146,11 +147,87 @@ class LanguageModelling:
         }
 
 
+class ZeroShot:
+    """Judges dual encoders: `zero_shot_top1`, where images have classes and classes have prompts, and `recall_at_1`, how often
+    the nearest of up to 1000 texts is an image's own, and the other way round (their mean; equal texts count as one).
+
+    With a teacher, `agreement` is the share of images for which both name the same prompt or text.
+
+    Args:
+        source: Held-out pairs.
+        batch_size: Pairs of one call.
+
+    Example:
+        >>> from limbeck.data import TensorSource
+        >>> from limbeck.data.image_text import ImageText
+        >>> from limbeck.data.text import TextSource
+        >>> class Same(torch.nn.Module):
+        ...     def forward(self, pixel_values, input_ids, attention_mask):
+        ...         return {"image_embeds": pixel_values.flatten(1), "text_embeds": torch.eye(2)[input_ids[:, 0]]}
+        >>> texts = TextSource(["0", "1"], lambda texts: {"input_ids": [[int(t)] for t in texts]})
+        >>> pairs = ImageText(TensorSource(torch.eye(2).view(2, 1, 1, 2), torch.arange(2)), texts, prompts=texts)
+        >>> ZeroShot(pairs)(Roles(student=Same()))
+        {'zero_shot_top1': 1.0, 'recall_at_1': 1.0}
+    """
+
+    task = "image-text"
+
+    def __init__(self, source: Source, batch_size: int = 256) -> None:
+        self.source: Any = source
+        self.batch_size = batch_size
+        self.primary = "zero_shot_top1" if self._named else "recall_at_1"
+
+    @property
+    def _named(self) -> bool:
+        return self.source.prompts is not None and self.source.labels is not None
+
+    def __call__(self, m: Roles) -> dict[str, float]:
+        """The student's numbers."""
+        return self.judge(m, "student")
+
+    def judge(self, m: Roles, role: str) -> dict[str, float]:
+        """The numbers of any role."""
+        answers, recall = self._answers(m[role])
+        found: dict[str, Any] = {}
+        if self._named:
+            found["zero_shot_top1"] = metrics.topk_accuracy(answers, self.source.labels)
+        found["recall_at_1"] = recall
+        if role != "teacher" and "teacher" in m:
+            found["agreement"] = metrics.agreement(answers, self._answers(m.teacher)[0])
+        return {name: float(value) for name, value in found.items()}
+
+    @torch.no_grad()
+    def _answers(self, role: Role) -> tuple[Tensor, float]:
+        """Each image's cosine with each prompt, or with the texts that are compared, and the recall."""
+        pairs, _ = predict(role, self.source, self.batch_size)
+        images, texts = torch.nn.functional.normalize(pairs, dim=-1).unbind(1)
+        some = torch.arange(0, len(images), -(-len(images) // _TEXTS))
+        captions = [self.source.captions.texts[row] for row in some.tolist()]
+        number = torch.tensor([captions.index(text) for text in captions])
+        near = images[some] @ texts[some].T
+        hits = torch.cat([number[near.argmax(dim)] == number for dim in (0, 1)])
+        recall = hits.double().mean().item()
+        if not self._named:
+            return near, recall
+        return images @ self._prompts(role).T, recall
+
+    def _prompts(self, role: Role) -> Tensor:
+        """The normalised embeddings of the prompts, beside whatever image."""
+        device = next((p.device for p in role.module.parameters()), torch.device("cpu"))
+        parts = []
+        with evaluating(role.module):
+            for rows in torch.arange(len(self.source.prompts)).split(self.batch_size):
+                batch = self.source.images.batch(torch.zeros_like(rows), 0)
+                x = {"pixel_values": batch.x, **self.source.prompts.batch(rows, 0).x}
+                parts.append(role(batch.replace(x=x).to(device))[:, 1].float().cpu())
+        return torch.nn.functional.normalize(torch.cat(parts), dim=-1)
+
+
 def evaluator(
     source: Source, student: nn.Module, batch_size: int = 256, taught: Source | None = None, compare: bool = True
 ) -> Evaluator | None:
-    """The evaluator that fits: retrieval or similarity for sentence encoders, next tokens for blocks of tokens, else
-    classification.
+    """The evaluator that fits: zero-shot for images with texts, retrieval or similarity for sentence encoders, next tokens for
+    blocks of tokens, else classification.
 
     Args:
         source: Held-out samples.
@@ -162,6 +239,8 @@ def evaluator(
     Returns:
         None where there is nothing to judge by: texts that are too few.
     """
+    if isinstance(source, ImageText):
+        return ZeroShot(source, batch_size)
     if isinstance(getattr(source, "source", source), TokenBlocks):
         return LanguageModelling(source, min(batch_size, 16), compare)
     texts = getattr(source, "texts", None)

@@ -5,6 +5,7 @@ fp32 or wider, whatever autocast and the inputs say. Where a paper and its offic
 names both, and the default is "code", which the published numbers and loss weights belong to.
 """
 
+from limbeck.losses.affinity import affinity_mimicking, clip_loss
 from limbeck.losses.contrastive import nt_xent
 from limbeck.losses.embeddings import cosine_distance, embedding_mse, info_nce, similarity_kl
 from limbeck.losses.features import attention_transfer, hcl, hint, similarity_preserving, simkd
@@ -23,7 +24,9 @@ from limbeck.losses.logits import (
 from limbeck.losses.relations import crd, pkt, rkd_angle, rkd_distance
 
 __all__ = [
+    "affinity_mimicking",
     "attention_transfer",
+    "clip_loss",
     "cosine_distance",
     "crd",
     "dist",
