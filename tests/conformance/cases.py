@@ -18,7 +18,9 @@ from limbeck.core import registry
 from limbeck.core.method import updates
 from limbeck.core.stages import Stage
 from limbeck.data import Data, TensorSource
+from limbeck.data.procedural import shapes
 from limbeck.engine.run import Result, execute
+from limbeck.methods.tinyclip.proof import clip
 from limbeck.nn.mlp import mlp
 from limbeck.prove import seeded
 from limbeck.teachers import Ensemble
@@ -130,6 +132,16 @@ def layered() -> Roles:
     return Roles(teacher=seeded(4, lambda: tower(INPUTS, 8, 4, CLASSES)))
 
 
+def pairs() -> Data:
+    """Drawn shapes with captions."""
+    return shapes(count=72, held_out=18)
+
+
+def encoders() -> Roles:
+    """A small CLIP, and a copy of it."""
+    return Roles(teacher=seeded(0, clip), student=seeded(0, clip))
+
+
 BATCH_WIDE = "it compares the samples of a batch with each other, so parts of a batch are another loss"
 TWO_PLAYERS = "neither player's loss need fall"
 UNTRAINED = "nothing is trained"
@@ -160,6 +172,18 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "data": eights,
         "optim": Optim("adam", lr=0.01, warmup=0.2, schedule="cosine"),
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "the student starts where the teacher is"},
+    },
+    "tinyclip": {
+        "method": lambda: registry.find("tinyclip")(sparsity=(0.2, 0.3), mask_lr=1.0, mask_share=0.5),
+        "roles": encoders,
+        "data": pairs,
+        "optim": Optim("sgd", lr=0.01),
+        "exceptions": {
+            "own_loop": CHAIN,
+            "no_wait": CHAIN,
+            "micro_batches": BATCH_WIDE,
+            "falls": "the student starts where the teacher is",
+        },
     },
     "deps": {
         "method": lambda: registry.find("deps")(divisor=2, ramp=0.2),

@@ -8,7 +8,7 @@ import torch
 from limbeck.core.errors import require
 from limbeck.data.data import Data, divide
 from limbeck.data.ids import content_ids
-from limbeck.data.procedural import superclasses
+from limbeck.data.procedural import shapes, superclasses
 from limbeck.data.sources import TensorSource
 from limbeck.data.text import TextSource
 
@@ -63,5 +63,6 @@ EMBEDDED: Mapping[str, Callable[..., Data]] = {
     "digits": digits,
     **{name: lambda seed=0, name=name: tabular(name, seed) for name in TABLES},
     "superclasses": superclasses,
+    "shapes": shapes,
 }
 NAMES = (*EMBEDDED, "docstrings")

@@ -26,7 +26,7 @@ def load_data(spec: Any, *, tokenizer: Callable[..., Any] | str | None = None, *
     """Data from almost anything; everything that can be checked without reading all of it is checked here.
 
     Args:
-        spec: A name (`digits`, `iris`, `wine`, `breast_cancer`, `superclasses`, `docstrings`); a folder of images (one
+        spec: A name (`digits`, `iris`, `wine`, `breast_cancer`, `superclasses`, `shapes`, `docstrings`); a folder of images (one
             folder for each class, below `train/`, `val/`, `test/` or not); a `.parquet`, `.csv`, `.tsv`, `.jsonl` or
             `.txt` file (one sentence a line) or a folder of them; `hf:NAME` or `hf:NAME:CONFIG` for Hugging Face
             `datasets`; `file.py:function` or `package.module:factory` that returns any of the following; a `Data`, a

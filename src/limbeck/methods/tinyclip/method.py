@@ -59,7 +59,6 @@ class TinyCLIP(Method):
     """
 
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
-    makes: ClassVar[tuple[str, ...]] = ("budget",)
     logits: ClassVar[tuple[str, ...]] = ()
 
     keep: tuple[Mapping[str, int | float | tuple[int, ...]], ...] = ()
@@ -119,10 +118,11 @@ class TinyCLIP(Method):
             if self.sparsity:
                 record = yield Convert("student", AddMasks(_DIMS, self.initial, total), name=f"mask {k}")
                 total = record["total"]
-                m.budget = Budget(variant=self.budget)
+                budget = f"budget_{k}"
+                setattr(m, budget, Budget(variant=self.budget))
                 middle = start + self.mask_share * (end - start)
-                step = partial(self.masked, before=before, target=self.sparsity[k])
-                rates = {"student": None, "budget": Optim("adam", lr=self.mask_lr, maximize=True)}
+                step = partial(self.masked, budget=budget, before=before, target=self.sparsity[k])
+                rates = {"student": None, budget: Optim("adam", lr=self.mask_lr, maximize=True)}
                 yield Train(
                     step, roles=rates, frozen=self.frozen, data=data.train, span=(start, middle), name=f"masks {k}"
                 )
@@ -157,7 +157,7 @@ class TinyCLIP(Method):
         loss, logs = self.loss(m, batch)
         yield Update("student", loss, logs=logs)
 
-    def masked(self, m: Roles, batch: Batch, before: float, target: float) -> Iterator[Update]:
+    def masked(self, m: Roles, batch: Batch, budget: str, before: float, target: float) -> Iterator[Update]:
         """One update of weights and gates, and one, upwards, of the multipliers."""
         gates: Any = m.student.module.gates
         device = next(gates.parameters()).device
@@ -166,8 +166,8 @@ class TinyCLIP(Method):
         loss, logs = self.loss(m, batch)
         sparsity = gates.sparsity()
         goal = ramp(before, target, m.step, round(self.ramp * m.total))
-        yield Update("student", loss + m.budget(sparsity, goal), logs={**logs, "sparsity": sparsity.detach()})
-        yield Update("budget", m.budget(sparsity.detach(), goal))
+        yield Update("student", loss + m[budget](sparsity, goal), logs={**logs, "sparsity": sparsity.detach()})
+        yield Update(budget, m[budget](sparsity.detach(), goal))
 
     def loss(self, m: Roles, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss over the pairs of all processes, and its parts."""

@@ -72,6 +72,13 @@ def teacher(seed: int) -> nn.Module:
     return m.student.module
 
 
+def copied(seed: int, keep: Any = None) -> nn.Module:
+    """The teacher once more, or a part of it; what is cached has been frozen."""
+    model = clip()
+    model.load_state_dict(teacher(seed).state_dict())
+    return Inherit(keep)(model)[0] if keep else model
+
+
 def judged(seed: int, m: Roles) -> tuple[float, float]:
     """Zero-shot accuracy (%) on the combinations to tune on, and on those to test."""
     data = task(seed)
@@ -88,13 +95,8 @@ def trained(seed: int, method: Method, lr: float, student: nn.Module, steps: int
 
 def fresh(seed: int) -> nn.Module:
     """The student of half size, without what the teacher knows."""
-    small: Any = Inherit(HALF)(teacher(seed))[0]
+    small: Any = copied(seed, HALF)
     return seeded(seed, lambda: small.apply(small._init_weights))
-
-
-def copied(seed: int) -> nn.Module:
-    """The teacher once more."""
-    return Inherit({})(teacher(seed))[0]
 
 
 MASKS = TinyCLIP(mask_share=0.4, mask_lr=0.6)
