@@ -174,7 +174,7 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "the student starts where the teacher is"},
     },
     "tinyclip": {
-        "method": lambda: registry.find("tinyclip")(sparsity=(0.2, 0.3), mask_lr=1.0, mask_share=0.5),
+        "method": lambda: registry.find("tinyclip")(sparsity=(0.3,), mask_lr=0.5, mask_share=0.5),
         "roles": encoders,
         "data": pairs,
         "optim": Optim("sgd", lr=0.01),

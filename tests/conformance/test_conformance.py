@@ -17,9 +17,9 @@ from torch._subclasses import FakeTensorMode
 from limbeck import Batch, Engine, Train
 from limbeck.convert.record import load_student, save_student
 from limbeck.core import registry
-from limbeck.core.adapt import call, main_output
 from limbeck.core.method import updates
 from limbeck.core.recipe import Recipe
+from limbeck.core.roles import Role
 from limbeck.engine.checkpoint import Checkpoints
 from limbeck.engine.run import execute
 from limbeck.export.onnx import to_onnx
@@ -211,7 +211,7 @@ def test_the_student_is_saved_and_loaded(name, tmp_path):
     save_student(tmp_path, student, lineage["records"])
     loaded = load_student(tmp_path, CASES[name].roles()[lineage["base"]].module, trust=True)
     x = CASES[name].data().train.batch(torch.arange(8), 0).x
-    assert torch.equal(main_output(call(loaded, x)), main_output(call(student, x)))
+    assert torch.equal(Role("loaded", loaded)(x), Role("student", student)(x))
 
 
 def test_a_converted_and_trained_student_is_exported(tmp_path):

@@ -47,6 +47,7 @@ TEXTS = {
     "minilm-2-layers": "tests/sentence runs the same job to its end",
     "lelp-minilm-sst2": "has a test of its own below",
     "cast-gpt2": "has a test of its own below",
+    "tinyclip-vit-b32": "has a test of its own below",
 }
 
 
@@ -143,3 +144,42 @@ def test_the_recipe_of_a_language_model_takes_a_real_step(tmp_path: Path) -> Non
 
 def test_every_recipe_is_tried() -> None:
     assert {path.stem for path in RECIPES.glob("*.yaml")} == set(SMALL) | set(TEXTS)
+
+
+def test_the_recipe_of_pairs_takes_a_real_step(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    from io import BytesIO
+
+    from PIL import Image
+
+    (tmp_path / "small.py").write_text(
+        "from transformers import CLIPConfig, CLIPModel\n\n\ndef clip():\n"
+        "    one = {'hidden_size': 32, 'intermediate_size': 64, 'num_hidden_layers': 2, 'num_attention_heads': 2}\n"
+        "    text = one | {'vocab_size': 256, 'max_position_embeddings': 16, 'eos_token_id': 46, 'pad_token_id': 0}\n"
+        "    image = one | {'image_size': 32, 'patch_size': 8}\n"
+        "    model = CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=16))\n"
+        "    model.pretrained_cfg = {'mean': (0.5, 0.5, 0.5), 'std': (0.25, 0.25, 0.25)}\n"
+        "    return model\n"
+    )
+    g = torch.Generator().manual_seed(0)
+    blobs = []
+    for _ in range(40):
+        file = BytesIO()
+        Image.fromarray(torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8, generator=g).numpy()).save(file, "PNG")
+        blobs.append({"bytes": file.getvalue(), "path": None})
+    captions = [f"noise {i}." for i in range(40)]
+    (tmp_path / "pairs").mkdir()
+    parquet.write_table(pa.table({"image": blobs, "caption": captions}), tmp_path / "pairs" / "train-0.parquet")
+    given = {
+        "teacher": f"{tmp_path / 'small.py'}:clip", "data.spec": str(tmp_path / "pairs"), "data.tokenizer": None,
+        "data.max_length": 16, "data.image_size": 32, "engine.steps": 30, "engine.batch_size": 8,
+        "engine.device": "cpu", "engine.precision": "fp32", "engine.workers": 0, "out": str(tmp_path / "run"),
+        "optim.student.warmup": 1,
+    }  # fmt: skip
+    overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
+    recipe = Recipe.load(RECIPES / "tinyclip-vit-b32.yaml", overrides)
+    with pytest.warns(UserWarning, match="the masks ended at"):  # one step each
+        result = run(build(recipe), progress="off")
+    assert 0 <= result.metrics["recall_at_1"] <= 1
+    assert "zero_shot_top1" not in result.metrics

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.utils import parametrize
 
 from limbeck.convert.parametrized import Finalise
@@ -76,7 +77,9 @@ class Gates(nn.Module):
         return 1 - left / self.total
 
     def kept(self) -> dict[str, list[int]]:
-        """The units that stay, by dimension."""
+        """The units that stay, by dimension; of a model without values, as a plan has it, all."""
+        if is_fake(self.gates[0].alpha):
+            return {name: list(range(len(gate.alpha))) for name, gate in zip(self.names, self, strict=True)}
         return {name: gate.kept().tolist() for name, gate in zip(self.names, self, strict=True)}
 
     def clamp_(self) -> None:

@@ -16,6 +16,7 @@ from limbeck.core.source import Source
 from limbeck.data import tables
 from limbeck.data.data import Data, divide
 from limbeck.data.folders import split_name
+from limbeck.data.image_text import ImageText, captioned
 from limbeck.data.images import Images, image_transform
 from limbeck.data.labels import encode
 from limbeck.data.options import DataOptions
@@ -34,9 +35,9 @@ def from_tables(found: Mapping[str, tables.Table], o: DataOptions, tokenizer: Ca
     values = {name: table.read(key) if key in table.kinds else None for name, table in found.items()}
     labels, classes = encode(values, o.classes or first.classes.get(key))
     if choice.image:
-        return with_transforms(
-            {name: _images(table, choice.image, labels[name], classes) for name, table in found.items()}, o
-        )
+        raw = {name: _images(table, choice.image, labels[name], classes) for name, table in found.items()}
+        captions = {name: _captions(table, o, raw[name]) for name, table in found.items()} if o.text else {}
+        return with_transforms(raw, o, tokenizer, captions)
     sources: dict[str, Any] = {}
     for name, table in found.items():
         if choice.text:
@@ -84,18 +85,53 @@ def _numbers(table: tables.Table, columns: Sequence[str]) -> Tensor:
     return torch.from_numpy(arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=1))
 
 
-def with_transforms(raw: Mapping[str, Images], o: DataOptions) -> Data:
-    """Sources of images, all splits of them: cropped and flipped at random for training, in the middle for judging."""
+def _captions(table: tables.Table, o: DataOptions, images: Images) -> dict[int, str]:
+    """The text of each image, by its id."""
+    if not isinstance(o.text, str):
+        raise UsageError("an image has one text", where="data.text", found=o.text, expected="one column")
+    return dict(zip(images.ids.tolist(), table.read(o.text), strict=True))
+
+
+def with_transforms(
+    raw: Mapping[str, Images],
+    o: DataOptions,
+    tokenizer: Callable[..., Any] | None = None,
+    captions: Mapping[str, Mapping[int, str]] | None = None,
+) -> Data:
+    """Sources of images, all splits of them: cropped and flipped at random for training, in the middle for judging.
+
+    With captions, or with `data.prompt` and classes, they are sources of pairs.
+    """
     sizes = [images.check() for images in raw.values()]
     size = o.image_size or min(224, *sizes[0])
     plain, random = image_transform(size, augment=False), image_transform(size, augment=True)
-    sources = {}
+    sources: dict[str, Any] = {}
     for name, images in complete(raw, o).items():
         if o.augment and name not in ("validation", "test"):
             sources[name] = DatasetSource(images, random, views=o.views, seed=o.seed)
         else:
             sources[name] = DatasetSource(images, plain, views=1, seed=o.seed)
+    if captions or o.prompt:
+        texts = {row: text for split in (captions or {}).values() for row, text in split.items()}
+        sources = {name: _paired(source, o, tokenizer, texts) for name, source in sources.items()}
     return Data(**sources)
+
+
+def _paired(source: Any, o: DataOptions, tokenizer: Callable[..., Any] | None, texts: Mapping[int, str]) -> ImageText:
+    """Images with their own texts, or with those of their classes; prompts where there are both."""
+    tokens = tokenizer or _utf8
+    if not texts:
+        return captioned(source, o.prompt or "", source.classes or (), tokens, max_length=o.max_length)
+    own = TextSource(
+        [texts[row] for row in source.ids.tolist()], tokens, ids=torch.arange(len(source)), max_length=o.max_length
+    )
+    if o.prompt is None or source.classes is None:
+        return ImageText(source, own)
+    return ImageText(source, own, captioned(source, o.prompt, source.classes, tokens, max_length=o.max_length).prompts)
+
+
+def _utf8(texts: Sequence[str]) -> dict[str, list[list[int]]]:
+    return {"input_ids": [list(text.encode()) for text in texts]}
 
 
 def complete(raw: Mapping[str, Any], o: DataOptions) -> dict[str, Any]:

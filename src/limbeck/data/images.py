@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,10 @@ class Normalise(nn.Module):
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images `[..., C, H, W]` in [0, 1], normalised."""
+    def forward(self, x: Any) -> Any:
+        """Images `[..., C, H, W]` in [0, 1], normalised; of a mapping, its `pixel_values`."""
+        if isinstance(x, Mapping):
+            return {**x, "pixel_values": self(x["pixel_values"])}
         if x.ndim < 3 or x.shape[-3] != len(self.mean):
             found, expected = tuple(x.shape), f"[..., {len(self.mean)}, H, W]"
             raise UsageError("the input has other channels than the model", where="x", found=found, expected=expected)

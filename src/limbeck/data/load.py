@@ -51,6 +51,8 @@ def load_data(spec: Any, *, tokenizer: Callable[..., Any] | str | None = None, *
     if isinstance(tokenizer, str):
         options["tokenizer"], tokenizer = tokenizer, None
     o = DataOptions.of(options)
+    if tokenizer is None and o.tokenizer is not None and o.block_size is None:
+        tokenizer = _named_tokenizer(o.tokenizer)
     data = _load(spec, o, tokenizer)
     if o.unlabelled is None:
         return data
@@ -85,15 +87,17 @@ def _load(spec: Any, o: DataOptions, tokenizer: Tokenizer) -> Data:
 
 
 def _blocks(path: Path, o: DataOptions, size: int) -> Data:
-    if o.tokenizer is None:
-        return text_blocks(path, size, validation=o.validation, test=o.test)
+    tokenizer = None if o.tokenizer is None else _named_tokenizer(o.tokenizer)
+    return text_blocks(path, size, tokenizer, validation=o.validation, test=o.test)
+
+
+def _named_tokenizer(name: str) -> Callable[..., Any]:
     auto = require("transformers", extra="language").AutoTokenizer
     try:
-        tokenizer = auto.from_pretrained(o.tokenizer, trust_remote_code=False)
+        return auto.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         message = str(error).splitlines()[0]
         raise UsageError("this tokenizer cannot be loaded", where="data.tokenizer", found=message) from None
-    return text_blocks(path, size, tokenizer, validation=o.validation, test=o.test)
 
 
 def _from_value(value: Any, o: DataOptions, tokenizer: Tokenizer) -> Data:
@@ -126,7 +130,7 @@ def _from_path(path: Path, o: DataOptions, tokenizer: Tokenizer) -> Data:
         return from_tables(_hub(str(path)), o, tokenizer)
     suffix = _suffix(path)
     if suffix is None:
-        return with_transforms(folders.image_folder(path), o)
+        return with_transforms(folders.image_folder(path), o, tokenizer)
     files = sorted(p for p in path.rglob(f"*{suffix}") if p.is_file())
     return _from_files(folders.split_files(files, path), suffix, o, tokenizer)
 

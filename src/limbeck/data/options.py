@@ -26,7 +26,9 @@ class DataOptions:
         views: Number of augmentation seeds; 0 for a new one every epoch. Storing a teacher's outputs needs 1 or more.
         max_length: Tokens of a text that are kept; None keeps what the tokenizer allows.
         block_size: Tokens of a block, for causal language models: `.txt` files are one long text, cut into blocks.
-        tokenizer: Of that text: the name of one of transformers. Default: bytes.
+        tokenizer: Of that text, and of texts that go with images: the name of one of transformers. Default: bytes.
+        prompt: Template of a class as a text, such as `"a photo of a {}."`: labelled images become pairs with texts, for models
+            of images and texts. Tables that name both `image` and `text` are pairs without it.
         validation: Share of the training samples that becomes the validation split where there is none, in [0, 1).
         test: Share that becomes the test split where there is one split only, in [0, 1).
         unlabelled: Further samples without labels, named like `spec`: they become the split `unlabelled`.
@@ -45,6 +47,7 @@ class DataOptions:
     max_length: int | None = None
     block_size: int | None = None
     tokenizer: str | None = None
+    prompt: str | None = None
     validation: float = 0.1
     test: float = 0.1
     unlabelled: str | None = None

@@ -163,7 +163,15 @@ def _shapes(spec: str, options: Mapping[str, Any], reader: nn.Module, samples: i
         size = known.image_size or model_image_size(reader)
         if size is None:
             raise _unknown(spec, "data.image_size", "the pixels of a side of an image")
-        x, classes = {"x": ((3, size, size), torch.float32)}, classes or 1
+        image = ((3, size, size), torch.float32)
+        if known.prompt is not None or (known.image and known.text):
+            if known.max_length is None:
+                raise _unknown(spec, "data.max_length", "the number of tokens of a text")
+            tokens = ((known.max_length,), torch.int64)
+            x = {"pixel_values": image, "input_ids": tokens, "attention_mask": tokens}
+            classes = classes or 1 if known.prompt is not None else None
+        else:
+            x, classes = {"x": image}, classes or 1
     pool = None if known.unlabelled is None else Shapes(x, samples)
     return Data(
         train=Shapes(x, samples, classes), validation=Shapes(x, samples, classes, first=samples), unlabelled=pool

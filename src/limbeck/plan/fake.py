@@ -44,7 +44,12 @@ class Fake:
 
 def _copy(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
     """A copy for `copy.deepcopy`, which asks for the storage of a buffer, and fake ones have none."""
-    return memo.setdefault(id(tensor), tensor.detach().clone().requires_grad_(tensor.requires_grad))
+    copied = tensor.detach().clone()
+    learns = isinstance(tensor, nn.Parameter)  # or it would be a buffer to those who ask
+    return memo.setdefault(
+        id(tensor),
+        nn.Parameter(copied, tensor.requires_grad) if learns else copied.requires_grad_(tensor.requires_grad),
+    )
 
 
 def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
