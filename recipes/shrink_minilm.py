@@ -102,7 +102,9 @@ def shrink(out: Path, steps: int = 120, batch_size: int = 64, texts: int | None 
         report = to_onnx(model, example, path, axes=("batch", "sequence"), tolerance=tolerance)
         rows.append({"step": f"{name}.onnx", "bytes": path.stat().st_size, "max_abs_error": report.max_abs_error})
         print(json.dumps(rows[-1]), flush=True)
-    (out / "prices.json").write_text(json.dumps({"machine": machine(), "steps": steps, "rows": rows}, indent=1) + "\n")
+    (out / "prices.json").write_text(
+        json.dumps({"machine": machine(torch.device("cpu")), "steps": steps, "rows": rows}, indent=1) + "\n"
+    )
     return rows
 
 
