@@ -17,7 +17,8 @@ def test_every_step_has_its_price(tmp_path, monkeypatch):
 
     rows = {row["step"]: row for row in shrink(tmp_path, steps=2, batch_size=8, texts=64)}
     sizes = [rows[name]["bytes"] for name in ("teacher", "sliced", "2:4, stored as such", "2:4, int8")]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) == 4
     assert rows["2:4, stored as such"]["mrr@10"] == rows["2:4, distilled"]["mrr@10"]  # the same numbers
     assert rows["2:4, int8"]["mrr@10"] == pytest.approx(rows["2:4, distilled"]["mrr@10"], abs=0.02)
     assert rows["int8.onnx"]["bytes"] < rows["sparse.onnx"]["bytes"]
