@@ -43,6 +43,7 @@ class Case:
 
 
 RANKING = {"zero": False, "teacher_gradient": False}
+SCALES = {"student_scale": 3.0, "teacher_scale": 3.0}
 CASES = {
     "kl": Case(losses.kl, LOGITS),
     "kl-warm": Case(losses.kl, LOGITS, {"temperature": 3.0}),
@@ -91,6 +92,10 @@ CASES = {
     "similarity_kl": Case(losses.similarity_kl, UNEQUAL_VECTORS, {"temperature": 0.2}),
     "info_nce": Case(losses.info_nce, VECTORS, {"temperature": 0.3}, zero=False),
     "nt_xent": Case(losses.nt_xent, VECTORS, {"temperature": 0.3}, zero=False),
+    "clip_loss": Case(losses.clip_loss, VECTORS, {"scale": 3.0}, zero=False),
+    "affinity_mimicking": Case(
+        losses.affinity_mimicking, (*VECTORS, *UNEQUAL_VECTORS[1:], normal(B, 3, seed=15)), SCALES, **RANKING
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 
@@ -112,7 +117,7 @@ def test_the_table_covers_every_public_loss():
 def test_gradient_is_exact(case: Case):
     inputs = [x.clone().requires_grad_(x.is_floating_point()) for x in case.inputs]
     if not case.teacher_gradient:
-        inputs[1].requires_grad_(False)
+        inputs[1:] = [x.detach() for x in inputs[1:]]
     assert torch.autograd.gradcheck(case, inputs, eps=1e-6, atol=1e-6)
 
 
@@ -206,7 +211,7 @@ def test_names_of_classes_do_not_matter(case: Case):
 
 
 @chosen("attention", "similarity_preserving", "pkt", "rkd_distance", "rkd_angle", "crd", "cosine_distance",
-        "similarity_kl", "info_nce", "nt_xent")  # fmt: skip
+        "similarity_kl", "info_nce", "nt_xent", "clip_loss", "affinity_mimicking")  # fmt: skip
 def test_scale_of_features_does_not_matter(case: Case):
     student, teacher, *rest = case.inputs
     torch.testing.assert_close(case(4 * student, 0.3 * teacher, *rest), case())
@@ -224,7 +229,7 @@ def test_translation_does_not_matter(case: Case):
 
 
 @chosen("attention", "similarity_preserving", "pkt", "rkd_distance", "rkd_angle", "crd", "cosine_distance",
-        "similarity_kl", "info_nce", "nt_xent")  # fmt: skip
+        "similarity_kl", "info_nce", "nt_xent", "clip_loss", "affinity_mimicking")  # fmt: skip
 @pytest.mark.parametrize("collapsed", [0.0, 1.0])
 def test_collapsed_student_has_finite_gradients(case: Case, collapsed: float):
     inputs = cast(case, torch.float32)

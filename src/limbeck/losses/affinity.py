@@ -8,7 +8,7 @@ from torch import Tensor
 
 from limbeck.core.errors import UsageError
 from limbeck.losses._math import cosines
-from limbeck.losses._reduce import full_precision
+from limbeck.losses._reduce import Reduction, full_precision, reduce
 
 
 def affinity_mimicking(
@@ -19,6 +19,7 @@ def affinity_mimicking(
     *,
     student_scale: float | Tensor = 50.0,
     teacher_scale: float | Tensor = 50.0,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     """Cross entropy from the teacher's affinities between images and texts to the student's, in both directions.
 
@@ -32,9 +33,10 @@ def affinity_mimicking(
         teacher_texts: `[N, D_t]`.
         student_scale: `k_s`, the inverse temperature.
         teacher_scale: `k_t`.
+        reduction: `mean | sum | none` over pairs; a pair's loss is half that of its image's row and half of its text's column.
 
     Returns:
-        The loss in fp32 or wider, mean over rows and columns.
+        The loss in fp32 or wider, a scalar, or `[N]` for `none`.
 
     Raises:
         UsageError: Numbers of pairs differ.
@@ -50,21 +52,22 @@ def affinity_mimicking(
         raise UsageError(
             "student and teacher saw other pairs", where="affinity_mimicking", found=found, expected=expected
         )
-    rows = -(target.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-    columns = -(target.softmax(0) * logits.log_softmax(0)).sum(0).mean()
-    return (rows + columns) / 2
+    rows = -(target.softmax(1) * logits.log_softmax(1)).sum(1)
+    columns = -(target.softmax(0) * logits.log_softmax(0)).sum(0)
+    return reduce((rows + columns) / 2, reduction)
 
 
-def clip_loss(images: Tensor, texts: Tensor, *, scale: float | Tensor = 50.0) -> Tensor:
+def clip_loss(images: Tensor, texts: Tensor, *, scale: float | Tensor = 50.0, reduction: Reduction = "mean") -> Tensor:
     """Symmetric InfoNCE: of N texts the one that belongs to each image, and the other way round (Radford et al. 2021).
 
     Args:
         images: `[N, D]`; normalised here.
         texts: `[N, D]`, in the order of the images.
         scale: Inverse temperature.
+        reduction: `mean | sum | none` over pairs.
 
     Returns:
-        The loss in fp32 or wider, mean over rows and columns.
+        The loss in fp32 or wider, a scalar, or `[N]` for `none`.
 
     Example:
         >>> clip_loss(torch.eye(2), torch.eye(2), scale=1.0)
@@ -72,7 +75,9 @@ def clip_loss(images: Tensor, texts: Tensor, *, scale: float | Tensor = 50.0) ->
     """
     logits = affinities(images, texts, scale)
     own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    rows = F.cross_entropy(logits, own, reduction="none")
+    columns = F.cross_entropy(logits.T, own, reduction="none")
+    return reduce((rows + columns) / 2, reduction)
 
 
 @full_precision
