@@ -28,13 +28,24 @@ class Tokens(Method):
         yield Update("student", F.cross_entropy(m.student(batch), batch.y))
 
 
+class Collected(Method):
+    """Gradients of several losses, applied by an update that brings none."""
+
+    frozen = ()
+
+    def step(self, m, batch):
+        for scale in (0.5, 2.0):
+            yield Update("student", F.cross_entropy(scale * m.student(batch), batch.y), apply=False)
+        yield Update("student")
+
+
 def case(name):
     """Method, roles, data."""
     if name == "gan":
         return Gan(), gan_roles(), SimpleNamespace(train=gan_data)
     students = Roles(student=net(8, 6, 4, seed=2))
-    if name == "tokens":
-        return Tokens(), students, table()
+    if name in ("tokens", "collected"):
+        return (Tokens() if name == "tokens" else Collected()), students, table()
     students.teacher = net(8, 32, 4, seed=1)
     return Mimic(), students, table()
 

@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from programs import Chain, Gan, Mimic, accuracy, gan_data, gan_roles, net, pair, table
 
-from limbeck import Batch, Engine, Method, Optim, Roles, Train
+from limbeck import Batch, Engine, Method, Optim, Roles, Train, Update
 from limbeck.core.errors import Interrupted, RunError, UsageError
 from limbeck.engine import checkpoint, run, train
 from limbeck.engine.run import execute
@@ -283,3 +285,38 @@ def test_signals_save_and_stop(tmp_path, number):
     assert process.returncode == Interrupted.exit_code
     assert b"run the same command again" in errors
     assert list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+@dataclass(frozen=True)
+class Again(Method):
+    """Two stages that train the student with a helper; each makes its own, under one name."""
+
+    trains: ClassVar = ("student", "helper")
+    frozen: ClassVar = ()
+
+    def stages(self, m, data):
+        for i in range(2):
+            m.helper = net(4, 1, seed=10 + i)
+            yield Train(self.step, roles={"student": None, "helper": None}, data=data.train, span=(i / 2, (i + 1) / 2))
+
+    def step(self, m, batch):
+        loss = (m.helper(m.student(batch)).squeeze(1) - batch.y).square().mean()
+        yield Update("student", loss)
+        yield Update("helper", (m.helper(m.student(batch).detach()).squeeze(1) - batch.y).square().mean())
+
+
+@pytest.mark.parametrize("after", [3, 6, 7, 9])  # in the first stage, at its end, and in the second
+def test_a_role_that_each_stage_makes_anew_under_one_name_resumes(tmp_path, monkeypatch, after):
+    def go(out):
+        engine = Engine(steps=12, batch_size=16, checkpoint_every=2)
+        optim = dict.fromkeys(("student", "helper"), Optim(lr=0.01))
+        return execute(Again(), Roles(student=net(8, 6, 4, seed=2)), table(), engine, optim=optim, out=out)
+
+    whole = bits(go(tmp_path / "whole").roles)
+    with monkeypatch.context() as patch:
+        die(patch, STEP, after)
+        with pytest.raises(Killed):
+            go(tmp_path / "run")
+    found = bits(go(tmp_path / "run").roles)
+    for key, value in whole.items():
+        assert torch.equal(found[key], value), key

@@ -5,15 +5,12 @@ from __future__ import annotations
 import atexit
 import copy
 import hashlib
-import json
-import platform
 import random
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from importlib.metadata import version
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +18,19 @@ import numpy as np
 import torch
 
 from limbeck.core.errors import UsageError
-from limbeck.core.files import write_text
 from limbeck.core.method import Method
 from limbeck.core.optim import OptimSpec
 from limbeck.core.roles import Role, Roles
-from limbeck.core.source import Source
 from limbeck.core.stages import Artefact, Choice, Collect, Convert, Search, Stage, Train
 from limbeck.engine.checkpoint import Checkpoints, random_state, set_random_state
+from limbeck.engine.convert import convert
 from limbeck.engine.history import History, trackers
+from limbeck.engine.identity import check_claim, identity, note
 from limbeck.engine.progress import Progress, make_progress
 from limbeck.engine.runtime import Runtime, make_runtime
 from limbeck.engine.settings import Engine
 from limbeck.engine.signals import Signals
-from limbeck.engine.train import Training, digest
-
-# Settings that may differ between two starts of one run without changing what it computes.
-_FREE = {"workers", "checkpoint_every", "keep", "trackers", "device", "processes"}
+from limbeck.engine.train import Training
 
 
 @dataclass(frozen=True)
@@ -155,14 +149,16 @@ class Run:
         program = self.method.stages(self.m, self.data)
         answer: Any = None
         while True:
+            modules = {name: role.module for name, role in self.m.items()}
             try:
                 stage = program.send(answer)
             except StopIteration:
                 break
+            made = {name for name, module in modules.items() if self.m[name].module is not module}
             if saved is not None and self.index < len(saved[1]["results"]):
                 answer = self._replay(stage, saved[1]["results"][self.index])
             else:
-                answer = self._stage(stage, saved)
+                answer = self._stage(stage, saved, made)
                 saved = None
                 self.method.after_stage(self.m, stage)
                 self._end_stage(stage, answer)
@@ -170,15 +166,17 @@ class Run:
             self.index += 1
         if saved is not None:
             self._restore(saved)
-        self._note("finished")
+        if self.out is not None and self.runtime.rank == 0:
+            note(self, self.out, "finished")
         numbers = [r for r in self.results if isinstance(r, dict) and all(isinstance(v, float) for v in r.values())]
         return Result(self.m, self.history.rows, numbers[-1] if numbers else {}, self.out, self.results)
 
     # Stages
 
-    def _stage(self, stage: Stage, saved: Any) -> Any:
+    def _stage(self, stage: Stage, saved: Any, made: AbstractSet[str]) -> Any:
         if saved is not None:
-            self._restore(saved)
+            # A role that the program made anew after the checkpoint, at the end of a stage, has nothing to do with it.
+            self._restore(saved, made if saved[1]["train"] is None else frozenset())
         if isinstance(stage, Train):
             training = Training(self, stage)
             if saved is not None and saved[1]["train"] is not None:
@@ -193,37 +191,10 @@ class Run:
             role.freeze()
             self.runtime.place(role.module, shard=False)
         if isinstance(stage, Convert):
-            return self._convert(stage)
+            self.changed.add(stage.role)
+            return convert(self, stage)
         with torch.no_grad():
             return self._collect(stage) if isinstance(stage, Collect) else self._search(stage)
-
-    def _convert(self, stage: Convert) -> dict[str, Any]:
-        self.changed.add(stage.role)
-        before = self._seen(stage, stage.of or stage.role)
-        record = self.m.convert(stage.role, stage.how, stage.of)
-        if before is not None:
-            self.runtime.place(self.m[stage.role].module, shard=False)
-            outputs, numbers = self._seen(stage, stage.role) or before
-            row = {f"convert/{name}": value for name, value in difference(before[0], outputs).items()}
-            row |= {f"before/{name}": value for name, value in before[1].items()}
-            row |= {f"after/{name}": value for name, value in numbers.items()}
-            self.history.emit(stage.name, 0, 0, **row)
-        return record
-
-    @torch.no_grad()
-    def _seen(self, stage: Convert, role: str) -> tuple[torch.Tensor, Mapping[str, float]] | None:
-        """A role's outputs on the first samples of what a conversion is compared on, and its evaluation."""
-        if stage.compare is None or role not in self.m:
-            return None
-        frozen = self.m[role].frozen
-        self.m[role].freeze()
-        rows = torch.arange(min(self.engine.batch_size, len(stage.compare)))
-        batch = stage.compare.batch(rows, 0).to(self.runtime.device)
-        numbers = dict(self.evaluate(self.m)) if self.evaluate is not None and role == stage.role else {}
-        outputs = self.m[role](batch)
-        if not frozen:
-            self.m[role].unfreeze()
-        return outputs, numbers
 
     def _collect(self, stage: Collect) -> Artefact:
         if self.out is None:
@@ -307,11 +278,12 @@ class Run:
 
     def _open(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Claim the run folder; the newest good checkpoint when there is one."""
-        self.identity = self._identity()
+        self.identity = identity(self)
         if self.out is None or self.checkpoints is None:
             return None
         if self.runtime.rank == 0:
-            self._claim(self.out)
+            check_claim(self.out, self.identity)
+            note(self, self.out, "running")
         self.runtime.barrier()
         found = self.checkpoints.latest(self.progress.say)
         if found is None:
@@ -322,62 +294,15 @@ class Run:
         self._kept = list(state["results"])
         return roles, state
 
-    def _claim(self, out: Path) -> None:
-        path = out / "run.json"
-        if path.exists():
-            before = json.loads(path.read_text())["identity"]
-            for key, value in self.identity.items():
-                if before.get(key) != value and key != "id":
-                    raise UsageError(
-                        "the run folder holds another run", where=out, found=f"{key} = {before.get(key)}",
-                        expected=f"{key} = {value}", fix="choose another `out`, or delete the folder",
-                    )  # fmt: skip
-        self._note("running")
-
-    def _identity(self) -> dict[str, Any]:
-        """What makes this run this run; a resume must agree in all of it."""
-        method = self.method
-        settings: dict[str, Any] = asdict(method) if is_dataclass(method) else {}
-        engine = {f.name: getattr(self.engine, f.name) for f in fields(self.engine) if f.name not in _FREE}
-        named = getattr(self.data, "__dict__", {}) if self.data is not None else {}
-        sources = {k: v for k, v in named.items() if isinstance(v, Source)}
-        identity = {
-            "method": f"{type(method).__module__}.{type(method).__qualname__}",
-            "method fields": json.loads(json.dumps(settings, default=str)),
-            "engine": json.loads(json.dumps(engine, default=list)),
-            "optim": {k: str(v) for k, v in self.optim.items()},
-            "data": {k: v.fingerprint() for k, v in sources.items()},
-            "roles": {n: hashlib.sha256(str(digest(r.module)).encode()).hexdigest()[:16] for n, r in self.m.items()},
-        }
-        identity["id"] = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        return identity
-
-    def _note(self, status: str) -> None:
-        if self.out is None or self.runtime.rank:
-            return
-        packages = {name: version(name) for name in ("limbeck", "torch", "numpy")}
-        info = {
-            "status": status,
-            "seconds": round(self.history.elapsed(), 1),
-            "seed": self.engine.seed,
-            "versions": {**packages, "python": platform.python_version()},
-            "machine": {
-                "system": platform.platform(),
-                "device": str(self.runtime.device),
-                "processes": self.runtime.world,
-            },
-            "changed": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "identity": self.identity,
-        }
-        write_text(self.out / "run.json", json.dumps(info, indent=1, default=str) + "\n")
-
-    def _restore(self, saved: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    def _restore(self, saved: tuple[dict[str, Any], dict[str, Any]], without: AbstractSet[str] = frozenset()) -> None:
         """Rebuild the roles as they were, with their weights, and put counters and random states back."""
         from limbeck.convert.record import rebuild
 
         roles, state = saved
-        self.m.lineage.update(state["lineage"])
-        for name, origin in state["lineage"].items():
+        roles = {name: values for name, values in roles.items() if name not in without}
+        lineage = {name: origin for name, origin in state["lineage"].items() if name not in without}
+        self.m.lineage.update(lineage)
+        for name, origin in lineage.items():
             module = rebuild(copy.deepcopy(self.originals[origin["base"]]), origin["records"])
             setattr(self.m, name, module if name in self.m else Role(name, module, self.m[origin["base"]].preprocess))
         self.m._converted.clear()
@@ -403,34 +328,6 @@ class Run:
         """Put the roles' weights of one of this run's checkpoints in place."""
         if self.checkpoints is not None:
             self._load_states(self.checkpoints.load(checkpoint)[0])
-
-
-def difference(before: torch.Tensor, after: torch.Tensor) -> dict[str, float]:
-    """How far apart the outputs of a module before and after a conversion are.
-
-    Args:
-        before: `[B, ...]`.
-        after: `[B, ...]`, of the same shape.
-
-    Returns:
-        The largest difference, the norm of the difference over that of the outputs, and the share of equal answers (largest
-        output along the last dimension); nothing where the shapes differ.
-
-    Example:
-        >>> difference(torch.tensor([[3.0, 4.0]]), torch.tensor([[3.0, 3.5]]))
-        {'max_abs_difference': 0.5, 'relative_difference': 0.1, 'agreement': 1.0}
-    """
-    if before.shape != after.shape:
-        return {}
-    before, after = before.double(), after.double()
-    gap = after - before
-    same = (before.argmax(-1) == after.argmax(-1)).double().mean()
-    relative = gap.norm() / before.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    return {
-        "max_abs_difference": gap.abs().max().item(),
-        "relative_difference": relative.item(),
-        "agreement": same.item(),
-    }
 
 
 def _digest(folder: Path) -> str:
