@@ -21,10 +21,9 @@ from limbeck.core.roles import Roles
 from limbeck.engine.run import Result, execute
 from limbeck.engine.settings import Engine
 from limbeck.evidence import Evidence
-from limbeck.export.onnx import OnnxReport, to_onnx
 from limbeck.job import Job, Origin, claim, describe, gather, leads, seen
 from limbeck.models.folder import load_folder, save_folder
-from limbeck.report.run import read_run, write_report
+from limbeck.report.run import write_report
 from limbeck.teachers import Cached, collect
 from limbeck.timing import seconds_of, steps_within
 
@@ -176,45 +175,6 @@ def load(path: str | os.PathLike[str], module: nn.Module | None = None, trust: b
     if not Path(path).is_dir():
         raise UsageError("there is no such folder", where=path, expected="that of a run, or of a student")
     return load_folder(Path(path), module, trust)
-
-
-def export(
-    run: str | os.PathLike[str],
-    path: str | os.PathLike[str] | None = None,
-    module: nn.Module | None = None,
-    trust: bool = False,
-) -> OnnxReport:
-    """Write the student of a run as ONNX, and compare the two.
-
-    Args:
-        run: The run's folder.
-        path: The file; default `student/model.onnx` in the run's folder.
-        module: An untrained student, where it is a module of the caller's.
-        trust: Whether Python code that the folder names may be run.
-
-    Returns:
-        What was written, and how well it agrees with the module.
-
-    Raises:
-        UsageError: There is no finished run in the folder, or the extra `export` is not installed.
-        RunError: The student cannot be written as ONNX, or the graph computes something else.
-    """
-    inputs = read_run(run).metrics.get("lineage", {}).get("input")
-    if not inputs:
-        raise UsageError(
-            "the run does not say what its student takes",
-            where=Path(run) / "metrics.json",
-            expected="lineage.input",
-            fix="limbeck.export.onnx.to_onnx writes any module, given an example of its input",
-        )
-    example = {
-        name: torch.rand(2, *shape) if dtype.startswith("float") else torch.ones(2, *shape, dtype=getattr(torch, dtype))
-        for name, (dtype, *shape) in inputs.items()
-    }
-    tokens = "input_ids" in example
-    given = tuple(example.values()) if list(example) == ["x"] else example
-    target = Path(path) if path is not None else Path(run) / "student" / "model.onnx"
-    return to_onnx(load(run, module, trust), given, target, axes=("batch", "sequence") if tokens else ("batch",))
 
 
 def methods() -> dict[str, Card]:

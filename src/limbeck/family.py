@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from random import Random
@@ -16,7 +16,7 @@ from torch import nn
 from limbeck.core.adapt import call
 from limbeck.core.errors import UsageError
 from limbeck.core.files import write_text
-from limbeck.core.roles import Roles
+from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
 from limbeck.evaluate import cost
 from limbeck.evaluate.pareto import pareto_front
@@ -24,7 +24,7 @@ from limbeck.evaluate.recalibrate import recalibrate
 from limbeck.evaluate.tasks import evaluator
 from limbeck.nn.elastic import Elastic
 
-_FILE = "family.json"
+FILE = "family.json"
 _CALIBRATION, _BATCH = 2000, 200  # samples that statistics are measured on, as in OFA
 
 
@@ -58,11 +58,13 @@ class Family:
         members: Sub-networks, by rising number of parameters.
         data: Training samples, on which the running statistics of a sub-network that is picked are measured; None where the
             model has no batch norm.
+        preprocess: What is done to the inputs first, such as the model's own normalisation.
     """
 
     elastic: Elastic
     members: Sequence[Member]
     data: Source | None = None
+    preprocess: Callable[[Any], Any] | None = None
 
     @classmethod
     def of(
@@ -75,6 +77,7 @@ class Family:
         count: int = 20,
         seed: int = 0,
         latency: bool = True,
+        preprocess: Callable[[Any], Any] | None = None,
     ) -> Family:
         """Measure sub-networks of a trained elastic model, each with statistics of its own.
 
@@ -86,6 +89,7 @@ class Family:
             count: How many of them, 2 or more.
             seed: Of the random ones.
             latency: Whether to time them.
+            preprocess: What is done to the inputs first.
 
         Raises:
             UsageError: This is no elastic model.
@@ -103,7 +107,7 @@ class Family:
             found = type(elastic).__name__
             raise UsageError("this is no elastic model", found=found, fix="train one with a method such as deps")
         chosen = list(archs) if archs is not None else _some(elastic, count, seed)
-        family = cls(elastic, (), data)
+        family = cls(elastic, (), data, preprocess)
         members = [family._measure(arch, test, latency) for arch in chosen]
         return replace(family, members=sorted(members, key=lambda m: (m.parameters, m.flops)))
 
@@ -151,7 +155,7 @@ class Family:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write what was measured beside the model of a run: `family.json`."""
         document = {"sizes": self.elastic.space.largest(), "members": [asdict(member) for member in self.members]}
-        write_text(Path(path) / _FILE, json.dumps(document, indent=1) + "\n")
+        write_text(Path(path) / FILE, json.dumps(document, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], data: Source | None = None, module: nn.Module | None = None) -> Family:
@@ -170,20 +174,31 @@ class Family:
         elastic = load(path, module)
         if not isinstance(elastic, Elastic):
             raise UsageError("this is no elastic model", where=path, found=type(elastic).__name__)
+        return cls.read(path, elastic, data)
+
+    @classmethod
+    def read(
+        cls,
+        path: str | os.PathLike[str],
+        elastic: Elastic,
+        data: Source | None = None,
+        preprocess: Callable[[Any], Any] | None = None,
+    ) -> Family:
+        """What was measured of an elastic model that is loaded already; the arguments are those of `load` and `of`."""
         try:
-            document = json.loads((Path(path) / _FILE).read_text(encoding="utf-8"))
+            document = json.loads((Path(path) / FILE).read_text(encoding="utf-8"))
             members = [Member(**member) for member in document["members"]]
         except FileNotFoundError:
             fix = "Family.of(...).save(path)"
-            raise UsageError("this family was not measured", where=path, expected=_FILE, fix=fix) from None
+            raise UsageError("this family was not measured", where=path, expected=FILE, fix=fix) from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError("this file is damaged", where=Path(path) / _FILE, found=error) from None
+            raise UsageError("this file is damaged", where=Path(path) / FILE, found=error) from None
         if document.get("sizes") != elastic.space.largest():
             found = document.get("sizes")
-            raise UsageError("what was measured is of another space", where=Path(path) / _FILE, found=found)
+            raise UsageError("what was measured is of another space", where=Path(path) / FILE, found=found)
         for member in members:
             elastic.space.check(member.arch)
-        return cls(elastic, members, data)
+        return cls(elastic, members, data, preprocess)
 
     def _measure(self, arch: Mapping[str, int], test: Source | None, latency: bool) -> Member:
         small = self.module(arch)
@@ -202,7 +217,7 @@ class Family:
         if judge is None:
             return member
         with torch.no_grad():
-            numbers = judge(Roles(student=small))
+            numbers = judge(Roles(student=Role("student", small, self.preprocess)))
         return replace(member, quality=numbers[judge.primary], metric=judge.primary)
 
     def _inputs(self) -> Iterator[Any]:
@@ -210,11 +225,14 @@ class Family:
         rows = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(0))[:_CALIBRATION]
         device = next(self.elastic.parameters()).device
         for part in rows.split(_BATCH):
-            yield self.data.batch(part, 0).to(device).x
+            yield self._prepared(self.data.batch(part, 0).to(device).x)
 
     def _one(self) -> Any:
         assert self.data is not None
-        return self.data.batch(torch.arange(1), 0).to(next(self.elastic.parameters()).device).x
+        return self._prepared(self.data.batch(torch.arange(1), 0).to(next(self.elastic.parameters()).device).x)
+
+    def _prepared(self, x: Any) -> Any:
+        return x if self.preprocess is None else self.preprocess(x)
 
 
 def _some(elastic: Elastic, count: int, seed: int) -> list[dict[str, int]]:

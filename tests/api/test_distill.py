@@ -14,6 +14,7 @@ from limbeck.core import registry
 from limbeck.core.errors import UsageError
 from limbeck.data import Data, TensorSource, TextSource, load_data
 from limbeck.evaluate.tasks import predict
+from limbeck.finished import Finished, export
 from limbeck.methods.kd.method import KD
 from limbeck.timing import seconds_of
 
@@ -296,10 +297,39 @@ def test_export_writes_onnx_of_the_saved_student(recipe):
     pytest.importorskip("onnxscript")
     result = api.run(recipe, progress="off")
     with pytest.raises(UsageError, match="trust=True"):
-        api.export(result.out)
-    found = api.export(result.out, trust=True)
-    assert found.path == str(result.out / "student" / "model.onnx")
-    assert found.max_rel_error < 1e-4
+        export(result.out)
+    found = export(result.out, trust=True)
+    assert found.onnx.path == str(result.out / "student" / "model.onnx")
+    assert found.onnx.max_rel_error < 1e-4
+    assert found.deployed is None
+
+
+def test_export_in_the_form_in_which_it_runs(recipe):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("torchao")
+    result = api.run(recipe, progress="off")
+    found = export(result.out, trust=True, to="int8-weight")
+    assert found.onnx.path == str(result.out / "student" / "model-int8-weight.onnx")
+    assert found.deployed.layers > 0
+    assert found.before == pytest.approx(Finished.open(result.out, trust=True).judge(result.roles.student.module))
+    assert found.after["top1"] == pytest.approx(found.before["top1"], abs=0.05)
+    with pytest.raises(UsageError, match="not 2:4"):
+        export(result.out, trust=True, to="2:4")
+    (result.out / "recipe.yaml").unlink()
+    again = export(result.out, trust=True, to="int8-weight")  # without the data, outputs alone are compared
+    assert again.before == {}
+    assert again.deployed.relative_difference < 0.02
+
+
+def test_a_runs_own_recipe_goes_on_from_where_it_began(recipe, tmp_path, monkeypatch):
+    place = recipe.parent / "code"
+    place.mkdir()
+    (recipe.parent / "net.py").rename(place / "net.py")
+    monkeypatch.chdir(recipe.parent)
+    recipe.write_text(recipe.read_text().replace("net.py", "code/net.py"))
+    out = api.run(api.Recipe.load(recipe.name), progress="off").out
+    assert api.run(api.Recipe.load(out / "recipe.yaml"), progress="off").metrics
 
 
 def test_methods_are_cards():

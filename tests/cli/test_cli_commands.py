@@ -11,6 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import limbeck
 from limbeck.cli import app, main
 from limbeck.core import registry
 
@@ -98,6 +99,44 @@ def test_compare_and_report(capsys, place):
     assert (place / "a" / "report.html").is_file()
 
 
+def test_a_family_is_measured_and_one_is_picked(capsys, place):
+    elastic = ["--student", "net.py:student", "--data", "net.py:data", "--method", "deps", "--set"]
+    call(
+        capsys,
+        "distill",
+        *elastic,
+        "method={name: deps, expand: [0.5, 1.0], divisor: 1}",
+        "--epochs",
+        "1",
+        "--out",
+        "run",
+    )
+    assert main(["family", "run"]) == 2
+    assert "trust" in capsys.readouterr().err
+    shown = call(capsys, "family", "run", "--trust")
+    assert shown.startswith("Parameters  FLOPs")
+    assert "next     limbeck family run --parameters" in shown
+    written = (place / "run" / "family.json").read_text()
+    found = json.loads(call(capsys, "family", "run", "--trust", "--parameters", "30", "--out", "small", "--json"))
+    assert (place / "run" / "family.json").read_text() == written  # measured once
+    assert found["picked"]["parameters"] == 4 * 2 + 2 + 2 * 3 + 3
+    small = limbeck.load("small", trust=True)
+    assert sum(p.numel() for p in small.parameters()) == found["picked"]["parameters"]
+    assert "The family" in (place / "run" / "report.html").read_text()
+    assert main(["family", "run", "--trust", "--parameters", "3"]) == 2
+    assert "within the budget" in capsys.readouterr().err
+
+
+def test_export_in_a_form(capsys, place):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("torchao")
+    call(capsys, "distill", *WORDS, "--epochs", "1", "--out", "run")
+    shown = call(capsys, "export", "run", "--trust", "--to", "int8-weight")
+    assert "model-int8-weight.onnx" in shown
+    assert "int8-weight" in next(line for line in shown.splitlines() if "student  " in line)
+    assert main(["export", "run", "--to", "int4"]) == 2
+
+
 def test_plan_and_doctor(capsys, place):
     (place / "recipe.yaml").write_text(
         "teacher: net.py:teacher\nstudent: net.py:student\ndata: net.py:data\nmethod: kd\n"
@@ -169,7 +208,7 @@ def test_the_main_job_takes_no_arguments(capsys, place, monkeypatch):
 
 def test_every_command_has_help(capsys):
     names = [command.callback.__name__ for command in app.registered_commands]
-    verbs = "distill run methods card report compare export plan doctor prove new schema"
+    verbs = "distill run methods card report compare export family plan doctor prove new schema"
     assert sorted(names) == sorted(verbs.split())
     for name in names:
         assert call(capsys, name, "--help").startswith("Usage: ")

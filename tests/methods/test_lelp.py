@@ -10,11 +10,12 @@ from torch import nn
 
 import limbeck
 from limbeck import Batch, Engine, Optim, Roles
-from limbeck.api import export, run
+from limbeck.api import run
 from limbeck.core.errors import UsageError
 from limbeck.core.recipe import Recipe
 from limbeck.data import Data, TensorSource
 from limbeck.engine.run import execute
+from limbeck.finished import export
 from limbeck.job import assemble
 from limbeck.losses import kl, soft_cross_entropy
 from limbeck.methods.lelp.method import LELP, subclass_targets
@@ -283,7 +284,7 @@ def test_the_student_is_exported(tmp_path):
         mlp(6, 24, 2), mlp(6, 8, 2), Data(train=world(), test=world(seed=1)), "lelp", out=tmp_path, progress="off",
         engine={"epochs": 1},
     )  # fmt: skip
-    assert export(tmp_path, module=mlp(6, 8, 2)).max_abs_error < 1e-5
+    assert export(tmp_path, module=mlp(6, 8, 2)).onnx.max_abs_error < 1e-5
 
 
 def test_stored_outputs_stand_in_for_the_teacher(tmp_path):

@@ -132,6 +132,26 @@ def test_missing_pieces_are_tolerated_and_said(make_run, metrics, history, note)
     assert ("Learning curves" in page.text) == bool(history)
 
 
+def test_conversions_and_families_are_shown(make_run):
+    row = {"stage": "finalise", "step": 0, "convert/agreement": 0.98, "before/top1": 0.9, "after/top1": 0.8}
+    folder = make_run(history=(ROW, row))
+    member = {
+        "arch": {"0.ffn": 8},
+        "parameters": 1200,
+        "flops": 2400,
+        "latency": None,
+        "quality": 0.7,
+        "metric": "top1",
+    }
+    (folder / "family.json").write_text(json.dumps({"members": [member, member | {"parameters": 900, "quality": 0.6}]}))
+    page = Reader(write_report(folder).read_text())
+    assert "Conversion Agreement Top-1 finalise 0.980 0.900 → 0.800" in page.text
+    assert "1.2 k 2.4 k 0.700 0.ffn=8" in page.text
+    assert "Agreement" not in page.text.partition("Learning curves")[2]
+    (folder / "family.json").write_text("{")
+    assert "family.json could not be read" in Reader(write_report(folder).read_text()).text
+
+
 def test_a_history_cut_short_by_a_kill_is_read_up_to_there(make_run):
     folder = make_run()
     with (folder / "history.jsonl").open("a") as file:

@@ -24,6 +24,7 @@ for command in (
     results.report,
     results.compare,
     results.export,
+    results.family,
     inspect.plan,
     inspect.doctor,
     prove.prove,

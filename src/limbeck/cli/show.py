@@ -57,5 +57,7 @@ def outcome(folder: Path) -> None:
     print(f"student  {folder / 'student'}")
     print(f"report   {folder / 'report.html'}")
     manifest = folder / "student" / "limbeck.json"
-    own = manifest.is_file() and ".py:" in str(json.loads(manifest.read_text(encoding="utf-8")).get("spec"))
-    print(f"next     limbeck export {folder}{' --trust' if own else ''}")
+    saved = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    kinds = [record.get("kind") for record in saved.get("records", [])]
+    verb = "family" if "limbeck.nn.elastic:make_elastic" in kinds[-1:] else "export"
+    print(f"next     limbeck {verb} {folder}{' --trust' if '.py:' in str(student.get('spec')) else ''}")

@@ -1,5 +1,6 @@
 """Errors that say what, where, what was found, what was expected, and how to mend it."""
 
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -48,6 +49,11 @@ class Interrupted(LimbeckError):
     exit_code = 130
 
 
+def _without_torchao(record: logging.LogRecord) -> bool:
+    """Not what torch says of torchao's own enums, which is for torchao's authors."""
+    return "register_constant() on Enum" not in record.getMessage()
+
+
 def require(module: str, extra: str) -> Any:
     """Import a module of an optional extra, or say which extra to install.
 
@@ -65,6 +71,8 @@ def require(module: str, extra: str) -> Any:
         >>> require("json", extra="core").dumps([1])
         '[1]'
     """
+    if module.split(".")[0] in ("transformers", "torchao"):  # the one imports the other when it is there
+        logging.getLogger("torch.utils._pytree").addFilter(_without_torchao)
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

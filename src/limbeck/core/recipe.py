@@ -265,38 +265,46 @@ def _override(tree: dict[str, Any], override: str) -> None:
     tree[names[-1]] = json.loads(json.dumps(value, default=str))
 
 
+def resolve_data(data: Any, folder: Path) -> Any:
+    """The data of a recipe in a folder, with what names a file beside it replaced by its path."""
+    if isinstance(data, dict):  # other options are names of columns and classes
+        return data | {name: _located(data[name], folder) for name in ("spec", "unlabelled") if name in data}
+    return _located(data, folder)
+
+
 def _resolve(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The tree with what names a file beside the recipe replaced by its path."""
-
-    def path(spec: str) -> str:
-        base, at, weights = spec.rpartition("@")
-        if at and weights.endswith((".safetensors", ".pt", ".pth")):
-            return f"{path(base)}@{folder / weights if (folder / weights).exists() else weights}"
-        scheme, colon, rest = spec.partition(":")
-        if colon and re.fullmatch(r"[a-z]+", scheme):
-            return f"{scheme}:{folder / rest}" if (folder / rest).exists() else spec
-        file, colon, name = spec.rpartition(":") if ".py:" in spec else (spec, "", "")
-        return f"{folder / file}{colon}{name}" if "/" in file or (folder / file).exists() else spec
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, str):
-            return path(value)
-        if isinstance(value, list):
-            return [walk(v) for v in value]
-        return {k: walk(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    tree = tree | {name: walk(tree[name]) for name in ("teacher", "student") if name in tree}
+    tree = tree | {name: _located(tree[name], folder) for name in ("teacher", "student") if name in tree}
     tree |= {name: str(folder / tree[name]) for name in ("cache", "out") if isinstance(tree.get(name), str)}
-    if isinstance(data := tree.get("data"), dict):  # other options are names of columns and classes
-        tree["data"] = data | {name: walk(data[name]) for name in ("spec", "unlabelled") if name in data}
-    elif "data" in tree:
-        tree["data"] = walk(data)
+    if "data" in tree:
+        tree["data"] = resolve_data(tree["data"], folder)
     block = tree.get("method")
     if isinstance(block, str) and ".py:" in block:
-        tree["method"] = path(block)
+        tree["method"] = _path(block, folder)
     elif isinstance(block, dict) and ".py:" in str(block.get("name")):
-        tree["method"] = block | {"name": path(block["name"])}
+        tree["method"] = block | {"name": _path(block["name"], folder)}
     return tree
+
+
+def _located(value: Any, folder: Path) -> Any:
+    if isinstance(value, str):
+        return _path(value, folder)
+    if isinstance(value, list):
+        return [_located(v, folder) for v in value]
+    return {k: _located(v, folder) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def _path(spec: str, folder: Path) -> str:
+    """A spec, with the file that it names beside the recipe as a path."""
+    base, at, weights = spec.rpartition("@")
+    if at and weights.endswith((".safetensors", ".pt", ".pth")):
+        return f"{_path(base, folder)}@{folder / weights if (folder / weights).exists() else weights}"
+    scheme, colon, rest = spec.partition(":")
+    if colon and re.fullmatch(r"[a-z]+", scheme):
+        return f"{scheme}:{folder / rest}" if (folder / rest).exists() else spec
+    file, colon, name = spec.rpartition(":") if ".py:" in spec else (spec, "", "")
+    beside, below = (folder / file).exists(), Path(file).exists()  # a run's own recipe names files from where it began
+    return f"{folder / file}{colon}{name}" if beside or ("/" in file and not below) else spec
 
 
 def _explain(error: ValidationError, model: type[Recipe], where: str) -> UsageError:

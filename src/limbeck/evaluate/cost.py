@@ -1,5 +1,6 @@
 """What a model costs: parameters, bytes, operations, time and memory."""
 
+import ctypes
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -193,9 +194,8 @@ def throughput(
 def peak_memory(fn: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """Bytes that one call of `fn` needs at its peak, over what was held before it.
 
-    CUDA: torch's allocator, exact. CPU: the resident set of the process, so memory that the process already holds free
-    is not seen again and small numbers are only a lower bound. Without Linux's resettable mark, the growth of the
-    process's all-time peak, again a lower bound.
+    CUDA: torch's allocator, exact. CPU: the resident set of the process, a lower bound for small numbers.
+    Without Linux's resettable mark, the growth of the process's all-time peak, again a lower bound.
 
     Example:
         >>> peak_memory(lambda: torch.ones(2**20)) >= 0
@@ -265,6 +265,9 @@ def _tensor_bytes(tensor: Tensor) -> int:
 
 
 def _reset_peak() -> None:
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # musl has none
+            ctypes.CDLL(None).malloc_trim(0)  # what is held free goes back to the system, or it would not be seen again
     with suppress(OSError):  # where there is no such mark, _resident_peak only ever grows
         Path("/proc/self/clear_refs").write_text("5")
 

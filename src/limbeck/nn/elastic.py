@@ -171,8 +171,12 @@ class Extract:
 
     def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """The plain module, and the record that rebuilds it."""
-        record = {"kind": f"{__name__}:extract", "arch": dict(self.arch)}
-        return extract(module, record), record
+        return extract(module, self.record), self.record
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Plain data that take the same sub-network again."""
+        return {"kind": f"{__name__}:extract", "arch": dict(self.arch)}
 
 
 def extract(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:

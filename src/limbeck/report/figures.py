@@ -259,7 +259,8 @@ def _curves(
     x = Scale(min(ends), max(ends), left, right)
     svg.y_axis(y, left, right, ticks)
     for tick in x.ticks(4):
-        svg.text(x(tick), bottom + 16, f"{tick:,.0f}", "soft", "middle")
+        text = f"{tick:,.0f}"
+        svg.text(min(x(tick), width - text_width(text) / 2), bottom + 16, text, "soft", "middle")
     if len(starts) > 1:
         for start, _ in starts:
             if x.low < start < x.high:

@@ -14,6 +14,7 @@ from limbeck.report.format import better, label, show
 from limbeck.report.page import Cell, Page
 
 _ORDER = ("teacher", "student_before", "student")
+_CONVERTED = ("convert/", "before/", "after/")
 _COSTS = ("parameters", "bytes", "flops", "throughput", "latency", "peak_memory")
 
 
@@ -26,12 +27,14 @@ class Run:
         metrics: Content of `metrics.json`; empty when there is none.
         history: Rows of `history.jsonl`.
         notes: What was missing or unreadable, in words.
+        family: Content of `family.json`: the sub-networks of an elastic student that were measured.
     """
 
     folder: Path
     metrics: Mapping[str, Any]
     history: Sequence[Mapping[str, Any]]
     notes: Sequence[str] = field(default_factory=list)
+    family: Sequence[Mapping[str, Any]] = ()
 
     @property
     def primary(self) -> str:
@@ -67,7 +70,7 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
     """
     folder = Path(run_dir)
     notes: list[str] = []
-    metrics, history = _read_metrics(folder / "metrics.json", notes), _read_history(folder / "history.jsonl", notes)
+    metrics, history = _read_mapping(folder / "metrics.json", notes), _read_history(folder / "history.jsonl", notes)
     if not metrics and not history:
         raise UsageError(
             "this is not a run folder, or the run has not begun",
@@ -75,7 +78,10 @@ def read_run(run_dir: str | os.PathLike[str]) -> Run:
             found="no folder" if not folder.is_dir() else "; ".join(notes),
             expected="metrics.json or history.jsonl",
         )
-    return Run(folder, metrics, history, notes)
+    members: list[Any] = []
+    if (folder / "family.json").is_file():
+        members = _read_mapping(folder / "family.json", notes).get("members", [])
+    return Run(folder, metrics, history, notes, members)
 
 
 def write_report(run_dir: str | os.PathLike[str]) -> Path:
@@ -109,6 +115,8 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
         page.note(note)
     _models(page, run)
     _candidates(page, run)
+    _conversions(page, run)
+    _family(page, run)
     _history(page, run)
     for name, heading in (("data", "Data"), ("lineage", "How it was made"), ("environment", "Measured on")):
         if run.metrics.get(name):
@@ -190,8 +198,45 @@ def _candidates(page: Page, run: Run) -> None:
     page.table(rows, best={key: "high" if way == "higher" else "low" for key, way in directions.items()})
 
 
+def _conversions(page: Page, run: Run) -> None:
+    """How far each conversion moved the outputs and the numbers."""
+    rows = []
+    for row in run.history:
+        gaps = {k.removeprefix("convert/"): v for k, v in row.items() if k.startswith("convert/")}
+        pairs = {k.removeprefix("after/"): (row.get(f"before/{k[6:]}"), v) for k, v in row.items() if k[:6] == "after/"}
+        if not gaps and not pairs:
+            continue
+        cells = {label(name): Cell(show(name, value)) for name, value in gaps.items()}
+        cells |= {label(k): Cell(f"{show(k, a)} → {show(k, b)}") for k, (a, b) in list(pairs.items())[:3]}
+        rows.append({"conversion": str(row.get("stage", "")), **cells})
+    if rows:
+        text = "The same samples before and after: how far outputs moved, and the share of equal answers."
+        page.section("What conversions changed", text).table(rows)
+
+
+def _family(page: Page, run: Run) -> None:
+    """Quality against cost of the sub-networks of an elastic student."""
+    judged = [member for member in run.family if member.get("metric") and member.get("quality") is not None]
+    if not judged:
+        return
+    metric = judged[0]["metric"]
+    points = [{**m, metric: m["quality"], "name": show("parameters", m["parameters"])} for m in judged]
+    text = "Sub-networks of the one that was trained, named by their parameters. The dashed line joins those unbeaten."
+    page.section("The family", text)
+    for cost in ("flops", "latency"):
+        if all(point.get(cost) for point in points):
+            page.figure(partial(figures.pareto, points, metric, cost, ()))
+    rows = [
+        {name: Cell(show(name, m[name])) for name in ("parameters", "flops", "latency") if m.get(name) is not None}
+        | {metric: Cell(show(metric, m["quality"]))} | {"sizes": ", ".join(f"{k}={v}" for k, v in m["arch"].items())}
+        for m in judged
+    ]  # fmt: skip
+    page.table([{label(name): cell for name, cell in row.items()} for row in rows])
+
+
 def _history(page: Page, run: Run) -> None:
-    panels = figures.learning_curves(run.history)
+    learned = [{k: v for k, v in row.items() if not k.startswith(_CONVERTED)} for row in run.history]
+    panels = figures.learning_curves(learned)
     if panels:
         page.section("Learning curves", "Thin lines are as logged, thick ones a running mean; dashed: a stage begins.")
         page.panels(panels)
@@ -201,16 +246,16 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {k: v for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
-def _read_metrics(path: Path, notes: list[str]) -> dict[str, Any]:
+def _read_mapping(path: Path, notes: list[str]) -> dict[str, Any]:
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(metrics, dict):
-            return metrics
-        notes.append("metrics.json holds no mapping and was left out.")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        notes.append(f"{path.name} holds no mapping and was left out.")
     except FileNotFoundError:
-        notes.append("There is no metrics.json: the run has not been evaluated yet.")
+        notes.append(f"There is no {path.name}: the run has not been evaluated yet.")
     except (ValueError, OSError) as error:
-        notes.append(f"metrics.json could not be read: {error}.")
+        notes.append(f"{path.name} could not be read: {error}.")
     return {}
 
 

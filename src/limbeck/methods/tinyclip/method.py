@@ -126,7 +126,7 @@ class TinyCLIP(Method):
                 yield Train(
                     step, roles=rates, frozen=self.frozen, data=data.train, span=(start, middle), name=f"masks {k}"
                 )
-                reached: Artefact = yield Collect(f"reached {k}", reached_sparsity, example={"sparsity": 0.0})
+                reached: Artefact = yield Collect(f"reached {k}", reached_sparsity, example={"sparsity": 1.0})
                 if reached.value["sparsity"] < self.sparsity[k] - _MISSED:
                     warnings.warn(
                         f"the masks ended at a sparsity of {reached.value['sparsity']:.3f}, not {self.sparsity[k]}: train "
