@@ -11,7 +11,6 @@ are. Weight aligning, whose classes come in groups, has another problem and is n
 
 import argparse
 import json
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from shared_images import cifar10_images
 from torch import Tensor, nn
 
 from limbeck import Batch, Method, Optim, Roles, losses
@@ -144,22 +144,6 @@ class Convolutional(nn.Module):
 
 
 @lru_cache(maxsize=1)
-def cifar() -> TensorSource:
-    """The first 8,000 training images of the shared data at 16 pixels, standardised."""
-    import io
-
-    import numpy as np
-    import pyarrow.parquet as parquet
-    from PIL import Image
-
-    table = parquet.read_table(Path(os.environ["LIMBECK_DATA"]) / "cifar10" / "train.parquet").slice(0, 8000)
-    image, label = (next(c for c in table.column_names if part in c) for part in ("im", "label"))
-    pixels = [np.asarray(Image.open(io.BytesIO(value["bytes"]))) for value in table[image].to_pylist()]
-    x = F.avg_pool2d(torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255, 2)
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in ((0.491, 0.482, 0.447), (0.247, 0.243, 0.262)))
-    return TensorSource((x - mean) / std, torch.tensor(table[label].to_pylist()))
-
-
 def stored(model: nn.Module, data: Data) -> nn.Module:
     """A teacher's outputs, and what its classifier reads, on everything that students learn from."""
     folder = tempfile.mkdtemp(prefix="limbeck-")
@@ -170,7 +154,7 @@ def stored(model: nn.Module, data: Data) -> nn.Module:
 @lru_cache(maxsize=1)
 def cifar10(seed: int) -> World:
     """1,000 labelled images, 4,000 without labels; three teachers of all 5,000."""
-    data, seen = split(cifar(), seed, (1000, 4000, 1000, 2000))
+    data, seen = split(cifar10_images(8000), seed, (1000, 4000, 1000, 2000))
     optim = Optim("adamw", lr=0.003, weight_decay=0.05, schedule="cosine")
     teachers = [trained(partial(Convolutional, 32), 10 * seed + i, seen, optim, 8) for i in range(3)]
     return World(data, [stored(teacher, data) for teacher in teachers], [])
