@@ -23,7 +23,7 @@ from limbeck.methods.deps.method import DepS
 from limbeck.prove import Arm, Comparison, Proof, Trial, accuracy, fit, run_proof, seeded
 
 FOLDER = Path("runs/deps-cifar10")
-BATCH, PASSES, RATES = 64, 1932, (0.02, 0.05, 0.12)
+BATCH, PASSES, RATES = 64, 1932, (0.01, 0.02, 0.05)
 OPTIM = Optim("sgd", momentum=0.9, nesterov=True, weight_decay=5e-4, schedule="cosine", clip=5.0)
 METHOD = DepS(expand=(0.25, 0.5, 1.0), depth=(1, 2, 3), divisor=4, ramp=5 / 60)
 JUDGED = ((0, 0), (1, 0), (0, 1), (1, 1), (2, 2))  # places of width and depth among their choices

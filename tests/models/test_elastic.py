@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from limbeck.convert.record import load_student, save_student
+from limbeck.convert.slicing import Slice
 from limbeck.convert.sort_channels import SortChannels, importance
 from limbeck.convert.structure import structure
 from limbeck.core.errors import UsageError
@@ -70,6 +71,32 @@ def test_networks_of_timm(name):
     with torch.no_grad():
         for arch in archs(space, 6):
             assert net(images, arch=arch).equal(net.extract(arch)(images))
+
+
+def test_smaller_kernels_are_the_middle_of_bigger_ones():
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("mobilenetv3_small_050", num_classes=4).eval()
+    space = Space.of(model, {"*.kernel": (3, 5, 7), "*.channels": (0.5, 1.0)}, divisor=8)
+    assert {sizes for name, sizes in space.choices.items() if name.endswith("kernel")} == {(3,), (3, 5)}
+    net, images = Elastic(model, space), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        for arch in archs(space, 6):
+            assert net(images, arch=arch).equal(net.extract(arch)(images))
+    name = next(name for name, sizes in space.choices.items() if sizes == (3, 5))
+    small = net.extract({name: 3})
+    conv, whole = (m.get_submodule(name.replace("kernel", "conv_dw")) for m in (small, model))
+    assert conv.weight.equal(whole.weight[..., 1:4, 1:4])
+    assert (conv.kernel_size, conv.padding) == ((3, 3), (1, 1))
+    edges = whole.weight.detach().clone()
+    whole.weight.data *= torch.nn.functional.pad(torch.ones(3, 3), (1, 1, 1, 1))
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), model(images))  # zeros around the middle change nothing
+    assert not whole.weight.equal(edges)
+    with pytest.raises(UsageError, match="no such middle"):
+        Elastic(model, Space({name: (4, 5)}))
+    with pytest.raises(UsageError, match="keeps its middle"):
+        Slice({name: [0, 1, 2]})(model)
 
 
 def test_gradients_add_up_inside_and_are_zero_outside():

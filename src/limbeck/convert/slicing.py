@@ -36,7 +36,7 @@ class Piece:
         """The part of the tensor; a view of it wherever all indices are slices."""
         for dim, index in enumerate(self.index):
             if isinstance(index, slice):
-                tensor = tensor.narrow(dim, 0, index.stop)
+                tensor = tensor.narrow(dim, index.start, index.stop - index.start)
             elif index is not None:
                 tensor = tensor.index_select(dim, index.to(tensor.device))
         return tensor
@@ -50,8 +50,8 @@ class Slice:
     names.
 
     Args:
-        keep: By name of a dimension or of a list of layers, or by glob of such names: how many to keep (the leading ones; a
-            share where it is below 1), or which. What is not named stays whole.
+        keep: By name of a dimension or of a list of layers, or by glob of such names: how many to keep (the leading ones, of a
+            kernel the middle; a share where it is below 1), or which. What is not named stays whole.
 
     Raises:
         UsageError: There is no such dimension, or it has not as many.
@@ -197,7 +197,12 @@ def _units(parts: Structure, name: str, value: int | Sequence[int]) -> list[int]
     part: Dim | Depth | None = parts.dims.get(name) or parts.depths.get(name)
     if part is None:
         raise _unknown(parts, name)
-    units = list(range(value)) if isinstance(value, int) else [int(unit) for unit in value]
+    if isinstance(value, int):
+        units = part.units(value) if isinstance(part, Dim) else list(range(value))
+    else:
+        units = [int(unit) for unit in value]
+        if isinstance(part, Dim) and part.central and units != part.units(len(units)):
+            raise UsageError("a kernel keeps its middle", where=f"keep['{name}']", found=value, expected="a number")
     good = bool(units) and len(set(units)) == len(units) and all(0 <= unit < part.size for unit in units)
     if not good:
         raise UsageError(
@@ -227,6 +232,14 @@ def _fix(part: Any) -> None:
         if part.groups > 1 and part.groups == part.in_channels:  # one filter per channel
             part.groups = part.in_channels = weight.shape[0]
         part.out_channels, part.in_channels = weight.shape[0], weight.shape[1] * part.groups
+        if part.kernel_size != weight.shape[2:]:  # as much less padding as the kernel reaches less far
+            less = [
+                d * (was - now) // 2
+                for d, was, now in zip(part.dilation, part.kernel_size, weight.shape[2:], strict=True)
+            ]
+            if not isinstance(part.padding, str):
+                part.padding = tuple(max(0, p - n) for p, n in zip(part.padding, less, strict=True))
+            part.kernel_size = tuple(weight.shape[2:])
     elif isinstance(part, nn.LayerNorm) or hasattr(part, "normalized_shape"):
         part.normalized_shape = tuple(weight.shape)
     elif hasattr(part, "num_features"):

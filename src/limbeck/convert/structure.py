@@ -58,9 +58,9 @@ class Axis:
     groups: int = 1
 
     def index(self, kept: Sequence[int], size: int) -> slice | Tensor:
-        """Where on the axis the kept units of `size` are; a slice for leading ones, so that what it takes is a view."""
-        if self.groups == 1 and list(kept) == list(range(len(kept))):
-            return slice(0, len(kept) * self.unit)
+        """Where on the axis the kept units of `size` are; a slice for neighbours, so that what it takes is a view."""
+        if self.groups == 1 and list(kept) == list(range(kept[0], kept[0] + len(kept))):
+            return slice(kept[0] * self.unit, (kept[0] + len(kept)) * self.unit)
         at = torch.arange(self.groups * size * self.unit).view(self.groups, size, self.unit)
         return at[:, list(kept)].flatten()
 
@@ -74,12 +74,27 @@ class Dim:
         size: Units, such as heads or channels.
         axes: All the axes that run over it.
         counts: Attributes that tell the number of units: module, attribute, and what one unit counts there.
+        central: Whether a number keeps the units in the middle, as of a kernel, and not the leading ones.
     """
 
     name: str
     size: int
     axes: tuple[Axis, ...]
     counts: tuple[tuple[str, str, int], ...] = ()
+    central: bool = False
+
+    def units(self, count: int) -> list[int]:
+        """The units that a number stands for.
+
+        Raises:
+            UsageError: Units in the middle of an odd number of them are an odd number.
+        """
+        rest = self.size - count if self.central else 0
+        if rest % 2:
+            raise UsageError(
+                "a kernel has no such middle", where=self.name, found=count, expected=f"{self.size} less an even number"
+            )
+        return list(range(rest // 2, rest // 2 + count))
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,7 @@ class Structure:
     """All the dimensions of a model by name.
 
     Args:
-        dims: Heads, hidden units, channels and widths.
+        dims: Heads, hidden units, channels, kernels and widths.
         depths: Lists of layers.
     """
 
@@ -120,8 +135,8 @@ def structure(module: nn.Module) -> Structure:
 
     Known are the attentions and feed-forward networks of transformers (BERT, CLIP, ViT, GPT-2, Llama and their like) and of
     timm, the blocks of ResNet and MobileNet, networks with `fc1` and `fc2`, and plain chains of linear layers. Names are
-    dotted paths: `X.heads` (groups of heads that share keys, where they do), `X.ffn`, `X.channels`, `X.width`, and the path
-    of each list of layers.
+    dotted paths: `X.heads` (groups of heads that share keys, where they do), `X.ffn`, `X.channels`, `X.kernel` (the side of
+    depthwise filters), `X.width`, and the path of each list of layers.
 
     Args:
         module: The model.
@@ -159,6 +174,7 @@ def _dims_of(path: str, part: nn.Module) -> Iterator[Dim]:
             yield _units(_join(path, "ffn"), path, children, makers, reader)
             break
     if isinstance(children.get("conv_dw"), nn.Conv2d) and isinstance(children.get("conv_pwl"), nn.Conv2d):
+        yield from _kernel(path, "conv_dw", children["conv_dw"])
         if "conv_pw" in children:
             yield _channels(path, children, ("conv_pw", "bn1", "conv_dw", "bn2"), "conv_pwl")
     elif isinstance(children.get("conv3"), nn.Conv2d):
@@ -223,6 +239,14 @@ def _channels(path: str, children: Mapping[str, nn.Module], parts: tuple[str, ..
         axes += _produce(path, "se.conv_expand", children["se.conv_expand"])
     axes.append(_consume(path, reader, children[reader]))
     return Dim(_join(path, "channels"), size, tuple(axes))
+
+
+def _kernel(path: str, name: str, part: Any) -> Iterator[Dim]:
+    """The side of square filters, one per channel; the smaller ones are the middle of the bigger."""
+    sides = set(part.kernel_size)
+    if len(sides) == 1 and (side := sides.pop()) > 1 and part.groups == part.in_channels:
+        axes = tuple(Axis(_join(path, f"{name}.weight"), dim, "carry") for dim in (2, 3))
+        yield Dim(_join(path, "kernel"), side, axes, central=True)
 
 
 def _chain(path: str, part: nn.Sequential) -> Iterator[Dim]:

@@ -43,6 +43,7 @@ class DepS(Method):
         expand: Shares of the inner units of each block that a sub-network may have, rounded to multiples of `divisor`.
         depth: Numbers of leading blocks of each stage that it may have; layers that change shapes always stay.
         dims: Globs of the dimensions that `expand` is about.
+        kernel: Sides of depthwise filters that a sub-network may have, such as 3, 5 and 7; none leaves them as they are.
         divisor: Units come in multiples of it.
         coupled: Whether depths and shares are drawn together, the least with the least (the rule of CompOFA).
         delay: `T0 / T` in [0, 1). 0 with a pre-trained network: the ramp begins at once.
@@ -63,6 +64,7 @@ class DepS(Method):
     expand: tuple[float, ...] = (0.5, 2 / 3, 1.0)
     depth: tuple[int, ...] = (2, 3, 4)
     dims: tuple[str, ...] = ("*.channels", "*.ffn")
+    kernel: tuple[int, ...] = ()
     divisor: int = 8
     coupled: bool = False
     delay: float = 0.5
@@ -98,6 +100,7 @@ class DepS(Method):
                 expected=", ".join(list(parts.dims)[:4]) or "blocks of ResNet, MobileNet, or networks with fc1 and fc2",
             )  # fmt: skip
         sizes = {**found, **dict.fromkeys(parts.depths, self.depth)}
+        sizes |= {"*.kernel": self.kernel} if self.kernel else {}
         groups = [list(sizes)] if self.coupled else []
         return Space.of(module, sizes, divisor=self.divisor, together=groups)
 
