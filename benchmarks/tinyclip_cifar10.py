@@ -37,7 +37,7 @@ HALF = {
     "vision_model.*.ffn": 0.75,
     "text_model.encoder.layers": 1,
 }
-MASKS = TinyCLIP(mask_share=0.4, mask_lr=0.6)
+MASKS = TinyCLIP(mask_share=0.4, mask_lr=2.0)
 
 
 def tokens(texts: Sequence[str]) -> dict[str, list[list[int]]]:
