@@ -1,0 +1,30 @@
+"""Diffusion and flow models in one notation: schedules, denoisers, guidance, sampling, and teachers that are exact."""
+
+from limbeck.diffusion.denoiser import Denoiser, EDMDenoiser
+from limbeck.diffusion.draws import Draws
+from limbeck.diffusion.guidance import guided
+from limbeck.diffusion.mixture import GaussianMixture, grid, ring, scattered
+from limbeck.diffusion.objectives import dmd_gradient, sid_loss, surrogate
+from limbeck.diffusion.sampling import few_step, flow
+from limbeck.diffusion.schedule import EDM, Cosine, RectifiedFlow, Schedule, Table
+
+__all__ = [
+    "EDM",
+    "Cosine",
+    "Denoiser",
+    "Draws",
+    "EDMDenoiser",
+    "GaussianMixture",
+    "RectifiedFlow",
+    "Schedule",
+    "Table",
+    "dmd_gradient",
+    "few_step",
+    "flow",
+    "grid",
+    "guided",
+    "ring",
+    "scattered",
+    "sid_loss",
+    "surrogate",
+]

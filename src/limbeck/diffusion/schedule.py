@@ -1,0 +1,239 @@
+"""Noise schedules and what networks predict, in one notation: `x_t = alpha_t x_0 + sigma_t eps`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from limbeck.core.errors import UsageError
+
+Prediction = Literal["sample", "epsilon", "v_prediction", "flow_prediction"]
+PREDICTIONS = ("sample", "epsilon", "v_prediction", "flow_prediction")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How much of the sample and how much noise `x_t` holds at time t, from 0 (clean) to `last` (noise).
+
+    What networks predict, by the names of diffusers: `sample` is `x_0`; `epsilon` the noise; `v_prediction`
+    `v = alpha eps - sigma x_0`; `flow_prediction` `u = eps - x_0`. `convert` turns each into each other.
+    """
+
+    @property
+    def last(self) -> float:
+        """The time of pure noise."""
+        return 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The factor of the sample at times `[...]`."""
+        raise NotImplementedError
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The factor of the noise at times `[...]`."""
+        raise NotImplementedError
+
+    def factors(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`alpha_t` and `sigma_t` of times `[B]`, in the shape to multiply `like` `[B, ...]` with, fp32 or wider."""
+        t = t.to(like.device, torch.promote_types(t.dtype, torch.float32))
+        shape = (-1, *(1,) * (like.ndim - 1))
+        return self.alpha(t).view(shape), self.sigma(t).view(shape)
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """`x_t` of samples `[B, ...]` at times `[B]`."""
+        alpha, sigma = self.factors(t, x_0)
+        return alpha * x_0 + sigma * noise
+
+    def convert(self, value: Tensor, x_t: Tensor, t: Tensor, of: Prediction, to: Prediction) -> Tensor:
+        """One prediction as another.
+
+        Args:
+            value: What a network predicted `[B, ...]`.
+            x_t: What it was given `[B, ...]`.
+            t: Times `[B]`.
+            of: What the value is.
+            to: What is wanted.
+
+        Raises:
+            UsageError: There is no such prediction.
+
+        Example:
+            >>> x_t, t = torch.ones(1, 2), torch.tensor([0.25])
+            >>> RectifiedFlow().convert(torch.zeros(1, 2), x_t, t, "sample", "epsilon")
+            tensor([[4., 4.]])
+        """
+        for name in (of, to):
+            if name not in PREDICTIONS:
+                raise UsageError(
+                    "there is no such prediction", where="prediction", found=name, expected=", ".join(PREDICTIONS)
+                )
+        if of == to:
+            return value
+        alpha, sigma = self.factors(t, x_t)
+        if of == "sample":
+            x_0 = value
+        elif of == "epsilon":
+            x_0 = (x_t - sigma * value) / alpha
+        elif of == "v_prediction":
+            x_0 = (alpha * x_t - sigma * value) / (alpha**2 + sigma**2)
+        else:
+            x_0 = (x_t - sigma * value) / (alpha + sigma)
+        if to == "sample":
+            return x_0
+        if of == "epsilon":
+            noise = value
+        elif of == "v_prediction":
+            noise = (sigma * x_t + alpha * value) / (alpha**2 + sigma**2)
+        elif of == "flow_prediction":
+            noise = (x_t + alpha * value) / (alpha + sigma)
+        else:
+            noise = (x_t - alpha * x_0) / sigma
+        if to == "epsilon":
+            return noise
+        return alpha * noise - sigma * x_0 if to == "v_prediction" else noise - x_0
+
+    def step(self, x_0: Tensor, x_t: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        """`x_s` on the straight way from `x_t` to what is predicted: a step of DDIM, for flows one of Euler's method.
+
+        Args:
+            x_0: The prediction at t `[B, ...]`.
+            x_t: Where it was made.
+            t: Times `[B]`.
+            s: Earlier times `[B]`.
+        """
+        noise = self.convert(x_0, x_t, t, "sample", "epsilon")
+        return self.add_noise(x_0, noise, s)
+
+    def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`alpha_{t|s}` and `sigma_{t|s}` of `x_t = alpha_{t|s} x_s + sigma_{t|s} eps`, for `s < t` `[...]`."""
+        ratio = self.alpha(t) / self.alpha(s)
+        return ratio, (self.sigma(t) ** 2 - ratio**2 * self.sigma(s) ** 2).clamp_min(0).sqrt()
+
+    def grid(self, steps: int) -> Tensor:
+        """Times `[steps + 1]` from `last` down to 0, at even distances."""
+        return torch.linspace(self.last, 0.0, steps + 1)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    """`alpha = cos(pi t / 2)`, `sigma = sin(pi t / 2)`: variance preserving.
+
+    Example:
+        >>> Cosine().alpha(torch.tensor([0.0, 0.5])).square()
+        tensor([1.0000, 0.5000])
+    """
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The factor of the sample."""
+        return torch.cos(math.pi / 2 * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The factor of the noise."""
+        return torch.sin(math.pi / 2 * t)
+
+
+@dataclass(frozen=True)
+class RectifiedFlow(Schedule):
+    """`alpha = 1 - t`, `sigma = t`.
+
+    Args:
+        shift: Moves the times of the grid towards noise: `t' = shift t / (1 + (shift - 1) t)`.
+    """
+
+    shift: float = 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The factor of the sample."""
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The factor of the noise."""
+        return t
+
+    def grid(self, steps: int) -> Tensor:
+        """Times `[steps + 1]` from 1 down to 0, shifted.
+
+        Example:
+            >>> RectifiedFlow(shift=5.0).grid(4)
+            tensor([1.0000, 0.9375, 0.8333, 0.6250, 0.0000])
+        """
+        t = super().grid(steps)
+        return self.shift * t / (1 + (self.shift - 1) * t)
+
+
+@dataclass(frozen=True)
+class EDM(Schedule):
+    """`alpha = 1`, `sigma = t`, from 0.002 to 80 (Karras et al. 2022).
+
+    Args:
+        smallest: The least noise of the grid before 0.
+        largest: The most.
+        rho: How the grid is bent.
+        data: Standard deviation of the data, `sigma_data`.
+    """
+
+    smallest: float = 0.002
+    largest: float = 80.0
+    rho: float = 7.0
+    data: float = 0.5
+
+    @property
+    def last(self) -> float:
+        """The most noise."""
+        return self.largest
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The factor of the sample."""
+        return torch.ones_like(t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The factor of the noise."""
+        return t
+
+    def grid(self, steps: int) -> Tensor:
+        """Noise levels `[steps + 1]` from the largest to the smallest, then 0."""
+        powers = torch.linspace(self.largest ** (1 / self.rho), self.smallest ** (1 / self.rho), max(steps, 2))
+        return torch.cat([powers[:steps] ** self.rho, torch.zeros(1)])
+
+
+@dataclass(frozen=True)
+class Table(Schedule):
+    """A variance-preserving schedule given by `alpha_t^2` at whole timesteps, as diffusers keeps it (`alphas_cumprod`).
+
+    Time t in [0, 1] is timestep `t (N - 1)`; between two, `alpha^2` is interpolated.
+
+    Args:
+        alphas_cumprod: N numbers, falling.
+    """
+
+    alphas_cumprod: Sequence[float]
+
+    @classmethod
+    def scaled_linear(cls, steps: int = 1000, start: float = 0.00085, end: float = 0.012) -> Table:
+        """The schedule of Stable Diffusion.
+
+        Example:
+            >>> Table.scaled_linear().alpha(torch.tensor([1.0])).square()
+            tensor([0.0047])
+        """
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+        return cls(tuple((1 - betas).cumprod(0).tolist()))
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """The factor of the sample."""
+        return self._squared(t).sqrt()
+
+    def sigma(self, t: Tensor) -> Tensor:
+        """The factor of the noise."""
+        return (1 - self._squared(t)).sqrt()
+
+    def _squared(self, t: Tensor) -> Tensor:
+        table = torch.tensor(self.alphas_cumprod, device=t.device, dtype=t.dtype)
+        place = t * (len(table) - 1)
+        low = place.floor().clamp(0, len(table) - 2)
+        rows = low.long()
+        return torch.lerp(table[rows], table[rows + 1], place - low)
