@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 
-import torch
 from torch import Tensor
 
 from limbeck.core.batch import Batch
 from limbeck.core.roles import Roles
-from limbeck.data.ids import mix
+from limbeck.data.ids import mix, normals, uniforms
 
 
 class Draws:
@@ -21,6 +19,7 @@ class Draws:
         batch: With `id` `[B]`.
 
     Example:
+        >>> import torch
         >>> m, batch = Roles(), Batch(x=torch.zeros(4, 2), id=torch.arange(4))
         >>> whole = Draws(m, batch).normal("noise", batch.x)
         >>> torch.equal(whole[2:], Draws(m, batch[2:4]).normal("noise", batch.x[2:]))
@@ -32,17 +31,11 @@ class Draws:
 
     def uniform(self, name: str) -> Tensor:
         """A number in [0, 1) for each sample `[B]`, fp32."""
-        return self._uniform(name, 1)[:, 0].float().clamp(max=1 - 2**-24)
+        return uniforms(self._named(name), 1)[:, 0].float().clamp(max=1 - 2**-24)
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         """Standard normal numbers in the shape, dtype and device of `like` `[B, ...]`."""
-        count = like[0].numel()
-        first, second = self._uniform(name, 2 * ((count + 1) // 2)).chunk(2, dim=1)  # Box and Muller make two of two
-        radius, angle = (-2 * (1 - first).log()).sqrt(), 2 * math.pi * second
-        found = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
-        return found.view(like.shape).to(like.device, like.dtype)
+        return normals(self._named(name), like[0].numel()).view(like.shape).to(like.device, like.dtype)
 
-    def _uniform(self, name: str, count: int) -> Tensor:
-        keys = mix(self._keys + zlib.crc32(name.encode()))
-        words = mix(keys[:, None] + torch.arange(count, device=keys.device))
-        return ((words >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+    def _named(self, name: str) -> Tensor:
+        return mix(self._keys + zlib.crc32(name.encode()))

@@ -108,6 +108,10 @@ class Schedule:
         noise = self.convert(x_0, x_t, t, "sample", "epsilon")
         return self.add_noise(x_0, noise, s)
 
+    def at(self, share: Tensor) -> Tensor:
+        """The time at a share of the schedule, from 0 to 1."""
+        return share * self.last
+
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """`alpha_{t|s}` and `sigma_{t|s}` of `x_t = alpha_{t|s} x_s + sigma_{t|s} eps`, for `s < t` `[...]`."""
         ratio = self.alpha(t) / self.alpha(s)
@@ -193,6 +197,11 @@ class EDM(Schedule):
     def sigma(self, t: Tensor) -> Tensor:
         """The factor of the noise."""
         return t
+
+    def at(self, share: Tensor) -> Tensor:
+        """The noise level at a share of the bent grid."""
+        low, high = self.smallest ** (1 / self.rho), self.largest ** (1 / self.rho)
+        return (low + share * (high - low)) ** self.rho
 
     def grid(self, steps: int) -> Tensor:
         """Noise levels `[steps + 1]` from the largest to the smallest, then 0."""

@@ -1,0 +1,114 @@
+"""The network that follows a generator's distribution, and what it and the teacher say about a generated sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.errors import UsageError
+from limbeck.core.roles import Role, Roles
+from limbeck.diffusion.draws import Draws
+from limbeck.diffusion.guidance import Scale, guided
+from limbeck.diffusion.objectives import Elements, per_sample
+from limbeck.diffusion.schedule import Schedule
+
+Weight = Callable[[Tensor, Tensor], Tensor]  # of alpha and sigma
+
+
+def epsilon_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """`(alpha / sigma)^2`: the squared error of the sample becomes that of the noise."""
+    return (alpha / sigma) ** 2
+
+
+def schedule_of(role: Role) -> Schedule:
+    """The noise schedule of a role.
+
+    Raises:
+        UsageError: The module is no denoiser.
+    """
+    schedule = getattr(role.module, "schedule", None)
+    if not isinstance(schedule, Schedule):
+        raise UsageError(
+            "this role is no denoiser", where=f"roles.{role.name}", found=type(role.module).__name__,
+            expected="limbeck.diffusion.Denoiser or a module with `schedule`, called as (x_t, t, condition)",
+            fix="Denoiser(net, schedule, prediction)",
+        )  # fmt: skip
+    return schedule
+
+
+def noisy(schedule: Schedule, draws: Draws, name: str, x: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """Samples with noise at times drawn from `[low, high]`, as shares of the schedule; and these times `[B]`."""
+    t = schedule.at(low + (high - low) * draws.uniform(f"{name} time")).to(x.device)
+    return schedule.add_noise(x, draws.normal(f"{name} noise", x), t).to(x.dtype), t
+
+
+def predicted(role: Role, x_t: Tensor, t: Tensor, condition: Tensor | None, scale: Scale = 1.0) -> Tensor:
+    """A role's prediction of `x_0`, under guidance where there is a condition."""
+    if condition is None:
+        return role(x_t, t=t)
+    module: Any = role.module
+    if isinstance(scale, float | int) and scale == 1:
+        return role(x_t, t=t, condition=condition)
+    return guided(role, x_t, t, condition, module.null_like(condition), scale)
+
+
+def dropped(role: Role, condition: Tensor | None, draws: Draws, share: float) -> Tensor | None:
+    """The condition, in a share of the samples the empty one."""
+    if condition is None or not share:
+        return condition
+    module: Any = role.module
+    gone = (draws.uniform("dropout") < share).to(condition.device).view(-1, *(1,) * (condition.ndim - 1))
+    return torch.where(gone, module.null_like(condition), condition)
+
+
+def denoising_loss(
+    m: Roles,
+    role: str,
+    draws: Draws,
+    x: Tensor,
+    condition: Tensor | None = None,
+    *,
+    times: tuple[float, float] = (0.02, 1.0),
+    dropout: float = 0.0,
+    weight: Weight = epsilon_weight,
+    elements: Elements = "mean",
+) -> Tensor:
+    """The weighted squared error of a role's prediction of samples, mean over the batch; no gradient reaches the samples.
+
+    Args:
+        m: The roles.
+        role: The one that learns.
+        draws: Of the batch; times and noise are its own.
+        x: Samples `[B, ...]`.
+        condition: Class labels `[B]` or embeddings.
+        times: Between which shares of the schedule.
+        dropout: Share of samples that get the empty condition.
+        weight: Of the squared error of `x_0`, from alpha and sigma.
+        elements: Whether a sample's elements are averaged or added up.
+    """
+    schedule = schedule_of(m[role])
+    x = x.detach()
+    x_t, t = noisy(schedule, draws, role, x, *times)
+    found = m[role](x_t, t=t, condition=dropped(m[role], condition, draws, dropout))
+    factor = weight(*schedule.factors(t, x))
+    return per_sample(factor * (found - x).square(), elements).mean()
+
+
+def check_denoisers(m: Roles, *names: str) -> None:
+    """The roles are denoisers under one schedule.
+
+    Raises:
+        UsageError: One is not, or schedules differ.
+    """
+    schedules = {name: schedule_of(m[name]) for name in names if name in m}
+    if len(set(schedules.values())) > 1:
+        found = ", ".join(f"{name}: {type(s).__name__}" for name, s in schedules.items())
+        raise UsageError("the roles have different noise schedules", where="roles", found=found, expected="one for all")
+
+
+def learns(module: nn.Module) -> bool:
+    """Whether a module has parameters: a copy of an exact teacher could not follow anything."""
+    return any(True for _ in module.parameters())

@@ -1,0 +1,132 @@
+"""A diffusion model of many steps made a generator of one, without data."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from limbeck.convert.slicing import Slice
+from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
+from limbeck.core.method import Method
+from limbeck.core.optim import Ema
+from limbeck.core.roles import Roles
+from limbeck.core.stages import Convert, Stage, Train
+from limbeck.core.update import Update
+from limbeck.diffusion.draws import Draws
+from limbeck.diffusion.objectives import Elements, surrogate
+from limbeck.diffusion.sampling import few_step
+from limbeck.diffusion.schedule import Schedule
+from limbeck.diffusion.scores import check_denoisers, denoising_loss, learns, noisy, predicted, schedule_of
+from limbeck.methods.checks import check_field
+
+
+def alpha_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """`alpha^2 (alpha / sigma)^2`: the error of the noise, both sides multiplied by alpha, as in the authors' code."""
+    return alpha**2 * (alpha / sigma) ** 2
+
+
+@dataclass(frozen=True)
+class SwiftBrush(Method):
+    """One-step generation by variational score distillation from conditions alone (Nguyen and Tran 2024).
+
+    The student, a copy of the teacher, is called once: `x = D_student(sigma_T z, T, y)`, z = `batch.x`. Its gradient on x is
+    `sigma_t^2 (e_teacher^k - e_fake^k)`, both guided by the same k, so that nothing moves once the student's distribution is
+    the teacher's; `fake`, another copy, learns from the student's samples: `alpha_t^2 ||e_fake - eps||^2`.
+
+    Args:
+        guidance: `k`, or the ends of a range from which each sample draws its own (SNOOPI, Nguyen et al. 2024).
+        guide_fake: Whether `fake` is guided too; without, the student ends elsewhere than at the teacher's distribution.
+        times: Between which shares of the schedule the student is judged.
+        fake_times: Between which `fake` learns.
+        dropout: Share of samples for which `fake` is told nothing, without which its guidance means nothing.
+        elements: Whether a sample's elements are averaged, as in the authors' code, or add up.
+        ema: Decay of an average of the student, the role `student_average`; 0 for none.
+
+    Example:
+        >>> from limbeck.diffusion import Denoiser, RectifiedFlow
+        >>> from limbeck.nn.time_mlp import TimeMLP
+        >>> net = lambda: Denoiser(TimeMLP(2, 8, classes=3), RectifiedFlow(), "flow_prediction", null=3)
+        >>> m = Roles(teacher=net(), student=net(), fake=net())
+        >>> batch = Batch(x=torch.randn(4, 2), y=torch.tensor([0, 1, 2, 0]), id=torch.arange(4))
+        >>> [update.role for update in SwiftBrush().step(m, batch)]
+        ['student', 'fake']
+    """
+
+    trains: ClassVar[tuple[str, ...]] = ("student",)
+    makes: ClassVar[tuple[str, ...]] = ("fake",)
+    logits: ClassVar[tuple[str, ...]] = ()
+
+    guidance: float | tuple[float, float] = 4.5
+    guide_fake: bool = True
+    times: tuple[float, float] = (0.02, 0.98)
+    fake_times: tuple[float, float] = (0.001, 1.0)
+    dropout: float = 0.1
+    elements: Elements = "mean"
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("times", "fake_times"):
+            low, high = getattr(self, name)
+            check_field(name, (low, high), 0 < low < high <= 1, "0 < from < to <= 1")
+        check_field("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        check_field("elements", self.elements, self.elements in ("sum", "mean"), "sum | mean")
+        check_field("ema", self.ema, 0 <= self.ema < 1, "in [0, 1)")
+
+    def check(self, m: Roles, batch: Batch) -> None:
+        """Teacher and student are denoisers of one schedule and of samples of one shape."""
+        check_denoisers(m, "teacher", "student", "fake")
+        if "fake" not in m and not learns(m.teacher.module):
+            raise UsageError(
+                "a copy of this teacher cannot learn", where="roles.fake", found=type(m.teacher.module).__name__,
+                fix="give a role fake: a denoiser of the same schedule",
+            )  # fmt: skip
+        with torch.no_grad():
+            found = self.generate(m, batch).shape
+        if found != batch.x.shape:
+            raise UsageError(
+                "the student makes other samples than noise is given", where="roles.student", found=list(found),
+                expected=list(batch.x.shape),
+            )  # fmt: skip
+
+    def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
+        """A copy of the teacher that follows the student, then both in turns."""
+        if "fake" not in m:
+            yield Convert("fake", Slice({}), of="teacher", name="copy the teacher")
+        average = {"student_average": Ema("student", self.ema)} if self.ema else {}
+        yield Train(self.step, roles={"student": None, "fake": None}, frozen=self.frozen, data=data.train, ema=average)
+
+    def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
+        """One update of the student and one of what follows it."""
+        draws, schedule, condition = Draws(m, batch), schedule_of(m.teacher), batch.get("y")
+        x = self.generate(m, batch)
+        x_t, t = noisy(schedule, draws, "student", x.detach(), *self.times)
+        scale = self.scale(draws)
+        with torch.no_grad():
+            real = predicted(m.teacher, x_t, t, condition, scale)
+            own = predicted(m.fake, x_t, t, condition, scale if self.guide_fake else 1.0)
+            alpha, sigma = schedule.factors(t, x)
+            gap = alpha * sigma * (own - real)  # sigma^2 (e_teacher - e_fake)
+        yield Update("student", surrogate(x, gap, self.elements), logs={"gap": gap.square().mean().sqrt()})
+        loss = denoising_loss(
+            m, "fake", draws, x, condition, times=self.fake_times, dropout=self.dropout, weight=alpha_weight,
+            elements=self.elements,
+        )  # fmt: skip
+        yield Update("fake", loss)
+
+    def generate(self, m: Roles, batch: Batch) -> Tensor:
+        """The student's samples for the noise `batch.x` and the conditions `batch.y`."""
+        schedule: Schedule = schedule_of(m.student)
+        times = torch.tensor([schedule.last], device=batch.x.device)
+        return few_step(m.student, batch.x, schedule, times, batch.get("y"))
+
+    def scale(self, draws: Draws) -> float | Tensor:
+        """The scale of guidance, one for all samples or one for each."""
+        if not isinstance(self.guidance, tuple):
+            return self.guidance
+        low, high = self.guidance
+        return low + (high - low) * draws.uniform("guidance")

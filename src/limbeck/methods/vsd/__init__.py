@@ -1,0 +1,1 @@
+"""Variational score distillation (Wang et al. 2023)."""
