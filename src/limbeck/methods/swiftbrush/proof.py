@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from limbeck.core.batch import Batch
 from limbeck.core.optim import Optim
 from limbeck.core.roles import Roles
+from limbeck.core.source import Source
 from limbeck.core.stages import Step
 from limbeck.core.update import Update
 from limbeck.data.noise import Noise
@@ -108,7 +109,7 @@ def judged(seed: int, m: Roles, generator_seed: int) -> float:
     return total / CLASSES
 
 
-def run(seed: int, lr: float, program: Step, source: object = None, fake: bool = False) -> Trial:
+def run(seed: int, lr: float, program: Step, source: Source | None = None, fake: bool = False) -> Trial:
     """A student under one program."""
     m = Roles(teacher=teacher(), student=seeded(seed, network))
     m.student.module.load_state_dict(trained(seed))
@@ -129,8 +130,8 @@ def distilled(method: SwiftBrush) -> Arm:
 
 
 PROOF = Proof(
-    claim="The gap of two scores, both guided, makes a generator of one step out of a diffusion model without data, nearer to its "
-    "distribution than the drawn noise (SDS) or regression on its flow does (Nguyen and Tran 2024)",
+    claim="The gap of two scores, both guided, makes a generator of one step out of a diffusion model without data, nearer "
+    "to its distribution than the drawn noise (SDS) or regression on its flow does (Nguyen and Tran 2024)",
     task=f"8 Gaussians on a ring in {CLASSES} classes, the teacher exact; a network of 3 x 64 trained on samples of it before; "
     f"{STEPS} steps of {BATCH}; regression has as many calls of the teacher",
     metric="energy distance to the class's distribution, mean over classes, one call of the student",
