@@ -18,10 +18,13 @@ from limbeck.core import registry
 from limbeck.core.method import updates
 from limbeck.core.stages import Stage
 from limbeck.data import Data, TensorSource
+from limbeck.data.noise import Noise
 from limbeck.data.procedural import shapes
+from limbeck.diffusion import Denoiser, RectifiedFlow
 from limbeck.engine.run import Result, execute
 from limbeck.methods.tinyclip.proof import clip
 from limbeck.nn.mlp import mlp
+from limbeck.nn.time_mlp import TimeMLP
 from limbeck.prove import seeded
 from limbeck.teachers import Ensemble
 
@@ -137,6 +140,20 @@ def pairs() -> Data:
     return shapes(count=72, held_out=18)
 
 
+def noise() -> Data:
+    """Noise of 72 samples in 5 classes."""
+    return Data(train=Noise((INPUTS,), 72, CLASSES))
+
+
+def denoisers() -> Roles:
+    """Two denoisers of such samples."""
+
+    def network() -> nn.Module:
+        return Denoiser(TimeMLP(INPUTS, 8, 2, CLASSES), RectifiedFlow(), "flow_prediction", null=CLASSES)
+
+    return Roles(teacher=seeded(0, network), student=seeded(1, network))
+
+
 def encoders() -> Roles:
     """A small CLIP, and a copy of it."""
     return Roles(teacher=seeded(0, clip), student=seeded(0, clip))
@@ -145,6 +162,7 @@ def encoders() -> Roles:
 BATCH_WIDE = "it compares the samples of a batch with each other, so parts of a batch are another loss"
 TWO_PLAYERS = "neither player's loss need fall"
 UNTRAINED = "nothing is trained"
+SURROGATE = "its loss stands for a gradient, and has a minimum of its own at every step"
 CHAIN = "its stages need the engine"
 MADE = "its program makes a role"
 
@@ -172,6 +190,13 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "data": eights,
         "optim": Optim("adam", lr=0.01, warmup=0.2, schedule="cosine"),
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "the student starts where the teacher is"},
+    },
+    "vsd": {"roles": denoisers, "data": noise, "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE}},
+    "swiftbrush": {
+        "method": lambda: registry.find("swiftbrush")(guidance=(1.0, 3.0), ema=0.5),
+        "roles": denoisers,
+        "data": noise,
+        "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
     },
     "tinyclip": {
         "method": lambda: registry.find("tinyclip")(sparsity=(0.3,), mask_lr=0.5, mask_share=0.5),
@@ -219,7 +244,7 @@ CASES = METHODS | TOYS
 
 
 def run(case: Case, out: Path | None = None, **engine: Any) -> Result:
-    optim = dict.fromkeys(("student", "critic", "generator"), case.optim)
+    optim = dict.fromkeys(("student", "critic", "generator", "fake"), case.optim)
     return execute(case.method(), case.roles(), case.data(), replace(ENGINE, **engine), optim=optim, out=out)
 
 

@@ -29,7 +29,9 @@ METHODS: Mapping[str, str] = {
     "pld": "limbeck.methods.pld.method:PLD",
     "self_distillation": "limbeck.methods.self_distillation.method:SelfDistillation",
     "ssld": "limbeck.methods.ssld.method:SSLD",
+    "swiftbrush": "limbeck.methods.swiftbrush.method:SwiftBrush",
     "tinyclip": "limbeck.methods.tinyclip.method:TinyCLIP",
+    "vsd": "limbeck.methods.vsd.method:VSD",
     "wa": "limbeck.methods.wa.method:WA",
     "wad": "limbeck.methods.wad.method:WAD",
 }

@@ -53,14 +53,15 @@ class Denoiser(nn.Module):
         self.keyword = keyword
         self.register_buffer("null", None if null is None else torch.as_tensor(null))
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """`x_0` as the network predicts it.
 
         Args:
             x_t: Noisy samples `[B, ...]`.
-            t: Times `[B]`.
+            t: Times `[B]`; without them `x_t` is standard normal noise, and the call a sample of a generator of one step.
             condition: Class labels `[B]` or embeddings `[B, ...]`.
         """
+        x_t, t = self.schedule.from_noise(x_t, t)
         raw = self._raw(x_t, self.time_scale * t, condition)
         return self.schedule.convert(raw, x_t, t, self.prediction, "sample")
 
@@ -106,8 +107,9 @@ class EDMDenoiser(Denoiser):
     ) -> None:
         super().__init__(net, schedule or EDM(), "sample", null=null, keyword=keyword)
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """`x_0` as the network predicts it."""
+        x_t, t = self.schedule.from_noise(x_t, t)
         _, sigma = self.schedule.factors(t, x_t)
         data = self.schedule.data
         total = (sigma**2 + data**2).sqrt()

@@ -62,8 +62,9 @@ class GaussianMixture(nn.Module):
         self.register_buffer("labels", None if labels is None else torch.as_tensor(labels))
         self.register_buffer("null", None if self.labels is None else self.labels.max() + 1)
 
-    def forward(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """`E[x_0 | x_t]` `[B, ...]` at times `[B]`, of a class where `condition` `[B]` is given."""
+        x_t, t = self.schedule.from_noise(x_t, t)
         shares, centres, _, _ = self._parts(x_t, t, condition)
         return (shares.unsqueeze(-1) * centres).sum(1).view_as(x_t)
 

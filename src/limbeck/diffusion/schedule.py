@@ -48,6 +48,13 @@ class Schedule:
         alpha, sigma = self.factors(t, x_0)
         return alpha * x_0 + sigma * noise
 
+    def from_noise(self, x_t: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`x_t` and t; without t, `x_t` is standard normal noise at the last time."""
+        if t is not None:
+            return x_t, t
+        t = torch.full((len(x_t),), self.last, device=x_t.device)
+        return self.factors(t, x_t)[1].to(x_t.dtype) * x_t, t
+
     def convert(self, value: Tensor, x_t: Tensor, t: Tensor, of: Prediction, to: Prediction) -> Tensor:
         """One prediction as another.
 

@@ -14,6 +14,7 @@ from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
 from limbeck.data.image_text import ImageText
 from limbeck.data.language import TokenBlocks
+from limbeck.data.noise import Noise
 from limbeck.evaluate import metrics
 from limbeck.evaluate.cost import evaluating
 from limbeck.losses import kl
@@ -237,8 +238,10 @@ def evaluator(
         compare: Whether the teacher's outputs are over the same classes.
 
     Returns:
-        None where there is nothing to judge by: texts that are too few.
+        None where there is nothing to judge by: texts that are too few, or noise.
     """
+    if isinstance(getattr(source, "source", source), Noise):
+        return None
     if isinstance(source, ImageText):
         return ZeroShot(source, batch_size)
     if isinstance(getattr(source, "source", source), TokenBlocks):

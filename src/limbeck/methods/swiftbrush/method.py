@@ -19,8 +19,6 @@ from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.objectives import Elements, surrogate
-from limbeck.diffusion.sampling import few_step
-from limbeck.diffusion.schedule import Schedule
 from limbeck.diffusion.scores import check_denoisers, denoising_loss, learns, noisy, predicted, schedule_of
 from limbeck.methods.checks import check_field
 
@@ -120,9 +118,7 @@ class SwiftBrush(Method):
 
     def generate(self, m: Roles, batch: Batch) -> Tensor:
         """The student's samples for the noise `batch.x` and the conditions `batch.y`."""
-        schedule: Schedule = schedule_of(m.student)
-        times = torch.tensor([schedule.last], device=batch.x.device)
-        return few_step(m.student, batch.x, schedule, times, batch.get("y"))
+        return m.student(batch.x, condition=batch.get("y"))
 
     def scale(self, draws: Draws) -> float | Tensor:
         """The scale of guidance, one for all samples or one for each."""
