@@ -106,7 +106,7 @@ def judged(seed: int, m: Roles, generator_seed: int) -> float:
         z, true = torch.randn(1000, 2, generator=generator), known.sample(1000, generator, y)
         with torch.no_grad():
             total += energy_distance(m.student(z, t=torch.ones(1000), condition=y), true)
-    return total / CLASSES
+    return 100 * total / CLASSES
 
 
 def run(seed: int, lr: float, program: Step, source: Source | None = None, fake: bool = False) -> Trial:
@@ -134,7 +134,7 @@ PROOF = Proof(
     "to its distribution than the drawn noise (SDS) or regression on its flow does (Nguyen and Tran 2024)",
     task=f"8 Gaussians on a ring in {CLASSES} classes, the teacher exact; a network of 3 x 64 trained on samples of it before; "
     f"{STEPS} steps of {BATCH}; regression has as many calls of the teacher",
-    metric="energy distance to the class's distribution, mean over classes, one call of the student",
+    metric="energy distance to the class's distribution, times 100, mean over classes, one call of the student",
     arms={
         "more denoising": Arm(lambda seed, lr: run(seed, lr, denoise, drawn(seed)), "lr", RATES),
         "regression": Arm(lambda seed, lr: run(seed, lr, regress, pairs(seed)), "lr", RATES),
