@@ -48,6 +48,8 @@ TEXTS = {
     "lelp-minilm-sst2": "has a test of its own below",
     "cast-gpt2": "has a test of its own below",
     "tinyclip-vit-b32": "has a test of its own below",
+    "swiftbrush-sd21": "has a test of its own below",
+    "vsd-sd21-images": "has a test of its own below",
 }
 
 
@@ -183,3 +185,62 @@ def test_the_recipe_of_pairs_takes_a_real_step(tmp_path: Path) -> None:
         result = run(build(recipe), progress="off")
     assert 0 <= result.metrics["recall_at_1"] <= 1
     assert "zero_shot_top1" not in result.metrics
+
+
+DIFFUSION = """
+import torch
+from diffusers import UNet2DConditionModel
+from stable_diffusion import Denoiser, Noise, Data, Particles, Prompted, Table, TensorSource
+from transformers import CLIPTextConfig, CLIPTextModel
+
+def teacher():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        attention_head_dim=4, use_linear_projection=True, **blocks
+    )
+    one = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=10, max_position_embeddings=6, eos_token_id=1, **one))
+    return Denoiser(Prompted(unet, text), Table.scaled_linear(), "epsilon", time_scale=999, null=torch.tensor([0, 1, 1, 1, 1, 1]))
+
+def prompts():
+    return Data(train=Noise((4, 8, 8), conditions=torch.tensor([[0, 2, 3, 1, 1, 1], [0, 4, 5, 6, 1, 1]]).repeat(8, 1)))
+
+def particles():
+    return Particles(torch.zeros(4, 4, 8, 8))
+
+def one_prompt():
+    return Data(train=TensorSource(torch.arange(4), torch.tensor([[0, 2, 3, 1, 1, 1]]).repeat(4, 1), ids=torch.arange(4)))
+"""
+
+
+@pytest.mark.parametrize("name", ["swiftbrush-sd21", "vsd-sd21-images"])
+def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(RECIPES)
+    (tmp_path / "small.py").write_text(DIFFUSION)
+    names = {"teacher": "teacher", "data": "prompts"}
+    if name.startswith("vsd"):
+        names = {"teacher": "teacher", "data": "one_prompt", "student": "particles"}
+    given: dict[str, Any] = {field: f"{tmp_path / 'small.py'}:{function}" for field, function in names.items()}
+    given |= {"engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu",
+              "engine.precision": "fp32", "out": str(tmp_path / "run")}  # fmt: skip
+    recipe = Recipe.load(RECIPES / f"{name}.yaml", [f"{field}={json.dumps(value)}" for field, value in given.items()])
+    job = build(recipe)
+    before = [p.clone() for p in job.roles.student.parameters()]
+    frozen = [p.clone() for p in job.roles.teacher.parameters()]
+    result = run(job, progress="off")
+    after = list(result.roles.student.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
+    if name.startswith("swiftbrush"):
+        text = result.roles.student.module.net.text
+        assert not any(p.requires_grad for p in text.parameters())
+        loaded = load(tmp_path / "run", trust=True)
+        batch = job.data.train.batch(torch.arange(2), 0)
+        with torch.no_grad():
+            assert loaded(batch.x, condition=batch.y).equal(
+                result.roles.student.module.eval()(batch.x, condition=batch.y)
+            )

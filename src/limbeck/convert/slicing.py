@@ -67,7 +67,7 @@ class Slice:
 
     def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """The smaller model with the weights of the big one, and the record that rebuilds it."""
-        parts = structure(module)
+        parts = structure(module) if self.keep else Structure()  # any model can be copied
         keep = resolve(self.keep, parts)
         skeleton, pieces = cut(module, keep, parts)
         return fill(skeleton, pieces, module), {"kind": f"{__name__}:slice_module", "keep": keep}

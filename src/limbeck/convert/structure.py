@@ -178,9 +178,9 @@ def _dims_of(path: str, part: nn.Module) -> Iterator[Dim]:
         if "conv_pw" in children:
             yield _channels(path, children, ("conv_pw", "bn1", "conv_dw", "bn2"), "conv_pwl")
     elif isinstance(children.get("conv3"), nn.Conv2d):
-        if children["conv2"].groups == 1:
+        if {"bn1", "bn2"} <= children.keys() and children["conv2"].groups == 1:
             yield _channels(path, children, ("conv1", "bn1", "conv2", "bn2"), "conv3")
-    elif isinstance(children.get("conv1"), nn.Conv2d) and isinstance(children.get("conv2"), nn.Conv2d):
+    elif "bn1" in children and all(isinstance(children.get(name), nn.Conv2d) for name in ("conv1", "conv2")):
         yield _channels(path, children, ("conv1", "bn1"), "conv2")
 
 

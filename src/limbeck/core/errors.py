@@ -49,9 +49,15 @@ class Interrupted(LimbeckError):
     exit_code = 130
 
 
-def _without_torchao(record: logging.LogRecord) -> bool:
-    """Not what torch says of torchao's own enums, which is for torchao's authors."""
-    return "register_constant() on Enum" not in record.getMessage()
+def quiet_torchao() -> None:
+    """Drop what torch and diffusers say of torchao's inside, which transformers imports wherever it is there."""
+    for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).addFilter(_not_of_torchao)
+
+
+def _not_of_torchao(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return "register_constant() on Enum" not in text and "Unable to import `torchao` Tensor" not in text
 
 
 def require(module: str, extra: str) -> Any:
@@ -71,8 +77,7 @@ def require(module: str, extra: str) -> Any:
         >>> require("json", extra="core").dumps([1])
         '[1]'
     """
-    if module.split(".")[0] in ("transformers", "torchao"):  # the one imports the other when it is there
-        logging.getLogger("torch.utils._pytree").addFilter(_without_torchao)
+    quiet_torchao()
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from operator import mul
 from typing import Literal
 
 import torch
@@ -236,8 +238,8 @@ class Table(Schedule):
             >>> Table.scaled_linear().alpha(torch.tensor([1.0])).square()
             tensor([0.0047])
         """
-        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
-        return cls(tuple((1 - betas).cumprod(0).tolist()))
+        roots = [start**0.5 + (end**0.5 - start**0.5) * i / (steps - 1) for i in range(steps)]
+        return cls(tuple(accumulate((1 - root**2 for root in roots), mul)))  # plain numbers, on any device
 
     def alpha(self, t: Tensor) -> Tensor:
         """The factor of the sample."""

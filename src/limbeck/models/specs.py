@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from limbeck.core.errors import UsageError
+from limbeck.core.errors import UsageError, quiet_torchao
 
 _FILE = re.compile(r"(.+\.py):(\w+)$")
 _MODULE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):(\w+)$")
@@ -50,6 +50,7 @@ def import_object(spec: str) -> Any:
         expected = "file.py:function or package.module:function"
         raise UsageError("this does not name a Python object", found=spec, expected=expected)
     place, name = found.groups()
+    quiet_torchao()
     module = _import_file(Path(place)) if file else _import_module(place)
     try:
         return getattr(module, name)

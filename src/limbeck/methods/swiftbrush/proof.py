@@ -131,7 +131,7 @@ def distilled(method: SwiftBrush) -> Arm:
 
 PROOF = Proof(
     claim="The gap of two scores, both guided, makes a generator of one step out of a diffusion model without data, nearer "
-    "to its distribution than the drawn noise (SDS) or regression on its flow does (Nguyen and Tran 2024)",
+    "to its distribution than the drawn noise does (SDS), where one call of the model itself is nowhere (Nguyen and Tran 2024)",
     task=f"8 Gaussians on a ring in {CLASSES} classes, the teacher exact; a network of 3 x 64 trained on samples of it before; "
     f"{STEPS} steps of {BATCH}; regression has as many calls of the teacher",
     metric="energy distance to the class's distribution, times 100, mean over classes, one call of the student",

@@ -1,0 +1,100 @@
+"""Stable Diffusion 2.1 base (UNet of 866 M, text encoder of 340 M parameters) as one denoiser of latents, and prompts as data.
+
+    python recipes/stable_diffusion.py prompts.txt
+
+fetches the published weights and writes `weights/sd21-base.safetensors` and `weights/prompts.safetensors` beside this file.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from limbeck.data import Data, TensorSource
+from limbeck.data.noise import Noise
+from limbeck.diffusion import Denoiser, Table
+from limbeck.methods.vsd.proof import Particles
+
+NAME, HERE = "stabilityai/stable-diffusion-2-1-base", Path(__file__).parent / "weights"
+START, END, LENGTH = 49406, 49407, 77
+EXAMPLES = ([320, 1125, 539, 320, 2368], [320, 1125, 539, 320, 1929])  # "a photo of a cat", "a photo of a dog"
+
+
+class Prompted(nn.Module):
+    """A UNet that is told what a frozen text encoder makes of tokens."""
+
+    def __init__(self, unet: nn.Module, text: nn.Module) -> None:
+        super().__init__()
+        self.unet, self.text = unet, text.requires_grad_(False)
+
+    def forward(self, x: Tensor, time: Tensor, tokens: Tensor) -> Any:
+        """What the UNet predicts for latents `[B, 4, H, W]`, timesteps `[B]` and tokens `[B, L]`."""
+        return self.unet(x, time, encoder_hidden_states=self.text(tokens).last_hidden_state).sample
+
+
+def padded(tokens: list[int]) -> list[int]:
+    """A start, the tokens, an end, and the padding of this model."""
+    return [START, *tokens, END] + [0] * (LENGTH - len(tokens) - 2)
+
+
+def teacher() -> nn.Module:
+    """The structure, with random weights; `@FILE` fills it."""
+    unet = UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True
+    )
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+    ends = {"bos_token_id": START, "eos_token_id": END, "pad_token_id": 0, "hidden_act": "gelu"}
+    text = CLIPTextModel(CLIPTextConfig(vocab_size=49408, projection_dim=512, **sizes, **ends))
+    null = torch.tensor(padded([]))
+    return Denoiser(Prompted(unet, text), Table.scaled_linear(), "epsilon", time_scale=999, null=null)
+
+
+def prompts() -> Data:
+    """Noise for every prompt that was prepared."""
+    return Data(train=Noise((4, 64, 64), conditions=_tokens()))
+
+
+def particles() -> nn.Module:
+    """Four latents."""
+    return Particles(torch.randn(4, 4, 64, 64, generator=torch.Generator().manual_seed(0)))
+
+
+def one_prompt() -> Data:
+    """The first prompt, once for each of the latents."""
+    return Data(train=TensorSource(torch.arange(4), _tokens()[:1].repeat(4, 1), ids=torch.arange(4)))
+
+
+def _tokens() -> Tensor:
+    file = HERE / "prompts.safetensors"
+    if file.is_file():
+        from safetensors.torch import load_file
+
+        return load_file(file)["tokens"].long()
+    warnings.warn("weights/prompts.safetensors is not there: two example prompts are taken", stacklevel=2)
+    return torch.tensor([padded(tokens) for tokens in EXAMPLES]).repeat(512, 1)
+
+
+def main() -> None:
+    """Fetch the weights, tokenise the prompts."""
+    from diffusers import StableDiffusionPipeline
+    from safetensors.torch import save_file
+
+    from limbeck.export.safetensors import save
+
+    pipeline = StableDiffusionPipeline.from_pretrained(NAME)
+    lines = [line for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines() if line.strip()]
+    tokenised = pipeline.tokenizer(lines, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
+    HERE.mkdir(exist_ok=True)
+    save_file({"tokens": tokenised.input_ids.int()}, HERE / "prompts.safetensors")
+    model: Any = teacher()
+    model.net.unet, model.net.text = pipeline.unet, pipeline.text_encoder
+    save(model, HERE / "sd21-base.safetensors")
+
+
+if __name__ == "__main__":
+    main()
