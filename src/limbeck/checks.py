@@ -68,18 +68,18 @@ def check_roles(method: Method, roles: Roles, optim: Mapping[str, OptimSpec]) ->
             )
 
 
-def check_data(data: Data, roles: Roles, logits: tuple[str, ...]) -> None:
-    """Every model takes the data and answers with numbers; the labels are classes of the roles that give logits."""
+def check_data(data: Data, roles: Roles, method: Method) -> None:
+    """Models that read the data take them and answer with numbers; labels are classes of the roles that give logits."""
     batch = first_batch(data.train)
     if "unlabelled" in data:
         check_unlabelled(data.unlabelled)
-    outputs = {name: answer(roles, name, batch) for name in roles}
+    outputs = {name: answer(roles, name, batch) for name in roles if method.reads is None or name in method.reads}
     labels = getattr(data.train, "labels", None)
     labels = batch.get("y") if labels is None else labels
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
         return
     for name, output in outputs.items():
-        if name in logits and output.ndim == 2 and not hasattr(roles[name].module, "encode"):
+        if name in method.logits and output.ndim == 2 and not hasattr(roles[name].module, "encode"):
             _check_classes(name, output.shape[1], data.classes, labels)
 
 

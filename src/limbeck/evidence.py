@@ -92,16 +92,15 @@ def _judge(job: Job, roles: Roles, role: str) -> dict[str, float]:
 
 
 def _costs(job: Job, role: Role) -> dict[str, float]:
-    """Parameters, bytes, and samples per second of one call."""
+    """Parameters, bytes, and samples per second of one call where the role reads the data."""
+    size: dict[str, float] = {"parameters": cost.parameters(role.module)[0], "bytes": cost.size_bytes(role.module)}
+    if job.method.reads is not None and role.name not in job.method.reads:
+        return size
     device = next((p.device for p in role.module.parameters()), torch.device("cpu"))
     batch = first_batch(job.data.get("test") or job.data.train, _CALL).to(device)
     with cost.evaluating(role.module):
         speed = cost.throughput(lambda: role(batch), len(batch), warmup=1, repeats=5, device=device)
-    return {
-        "parameters": cost.parameters(role.module)[0],
-        "bytes": cost.size_bytes(role.module),
-        "throughput": speed,
-    }
+    return {**size, "throughput": speed}
 
 
 def _lineage(job: Job) -> dict[str, Any]:

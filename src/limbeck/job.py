@@ -177,7 +177,7 @@ def assemble(
     modules = {**teachers, "student": student}
     roles = Roles(**{n: Role(n, m, model_preprocess(m) if normalise else None) for n, m in modules.items()})
     check_roles(method, roles, optim)
-    check_data(data, roles, method.logits)
+    check_data(data, roles, method)
     method.check_data(data)
     for _, role in roles.items():
         role.module.to(device)

@@ -40,6 +40,7 @@ class Method:
     frozen: ClassVar[tuple[str, ...]] = ("teacher",)
     makes: ClassVar[tuple[str, ...]] = ()  # roles that the program makes itself and that may be given an optimizer
     logits: ClassVar[tuple[str, ...]] = ("teacher", "student")  # roles whose outputs are over the classes of the data
+    reads: ClassVar[tuple[str, ...] | None] = None  # roles that are called with batches as they are; None: all
     averages: ClassVar[bool] = True  # several teachers are one ensemble; False keeps them apart, see `Roles.teachers`
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:

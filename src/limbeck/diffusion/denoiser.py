@@ -59,7 +59,7 @@ class Denoiser(nn.Module):
         Args:
             x_t: Noisy samples `[B, ...]`.
             t: Times `[B]`; without them `x_t` is standard normal noise, and the call a sample of a generator of one step.
-            condition: Class labels `[B]` or embeddings `[B, ...]`.
+            condition: Class labels `[B]` or embeddings `[B, ...]`; without them the empty one, where there is one.
         """
         x_t, t = self.schedule.from_noise(x_t, t)
         raw = self._raw(x_t, self.time_scale * t, condition)
@@ -76,6 +76,8 @@ class Denoiser(nn.Module):
         return self.null.to(condition).expand_as(condition)
 
     def _raw(self, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
+        if condition is None and self.null is not None:
+            condition = self.null.expand(len(x), *self.null.shape)
         if condition is None:
             found = self.net(x, time)
         elif self.keyword is None:

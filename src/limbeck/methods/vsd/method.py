@@ -51,6 +51,7 @@ class VSD(Method):
     trains: ClassVar[tuple[str, ...]] = ("student",)
     makes: ClassVar[tuple[str, ...]] = ("fake",)
     logits: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...] | None] = ("student",)
 
     guidance: float = 7.5
     score: Literal["learned", "noise"] = "learned"
