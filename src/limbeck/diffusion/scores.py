@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role, Roles
@@ -109,6 +109,14 @@ def check_denoisers(m: Roles, *names: str) -> None:
         raise UsageError("the roles have different noise schedules", where="roles", found=found, expected="one for all")
 
 
-def learns(module: nn.Module) -> bool:
-    """Whether a module has parameters: a copy of an exact teacher could not follow anything."""
-    return any(True for _ in module.parameters())
+def check_follower(m: Roles) -> None:
+    """There is a role `fake`, or the teacher can be copied into one that learns.
+
+    Raises:
+        UsageError: The teacher has no parameters, as an exact one has none.
+    """
+    if "fake" not in m and not any(True for _ in m.teacher.module.parameters()):
+        raise UsageError(
+            "a copy of this teacher cannot learn", where="roles.fake", found=type(m.teacher.module).__name__,
+            fix="give a role fake: a denoiser of the same schedule",
+        )  # fmt: skip

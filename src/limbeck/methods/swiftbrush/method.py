@@ -19,7 +19,7 @@ from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.objectives import Elements, surrogate
-from limbeck.diffusion.scores import check_denoisers, denoising_loss, learns, noisy, predicted, schedule_of
+from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss, noisy, predicted, schedule_of
 from limbeck.methods.checks import check_field
 
 
@@ -78,11 +78,7 @@ class SwiftBrush(Method):
     def check(self, m: Roles, batch: Batch) -> None:
         """Teacher and student are denoisers of one schedule and of samples of one shape."""
         check_denoisers(m, "teacher", "student", "fake")
-        if "fake" not in m and not learns(m.teacher.module):
-            raise UsageError(
-                "a copy of this teacher cannot learn", where="roles.fake", found=type(m.teacher.module).__name__,
-                fix="give a role fake: a denoiser of the same schedule",
-            )  # fmt: skip
+        check_follower(m)
         with torch.no_grad():
             found = self.generate(m, batch).shape
         if found != batch.x.shape:

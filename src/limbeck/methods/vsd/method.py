@@ -10,14 +10,13 @@ import torch
 
 from limbeck.convert.slicing import Slice
 from limbeck.core.batch import Batch
-from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
 from limbeck.core.roles import Roles
 from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.objectives import Elements, surrogate
-from limbeck.diffusion.scores import check_denoisers, denoising_loss, learns, noisy, predicted, schedule_of
+from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss, noisy, predicted, schedule_of
 from limbeck.methods.checks import check_field
 
 
@@ -73,11 +72,8 @@ class VSD(Method):
     def check(self, m: Roles, batch: Batch) -> None:
         """The teacher is a denoiser that can be copied, or there is a `fake` already."""
         check_denoisers(m, "teacher", "fake")
-        if self.score == "learned" and "fake" not in m and not learns(m.teacher.module):
-            raise UsageError(
-                "a copy of this teacher cannot learn", where="roles.fake", found=type(m.teacher.module).__name__,
-                fix="give a role fake: a denoiser of the same schedule",
-            )  # fmt: skip
+        if self.score == "learned":
+            check_follower(m)
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """A copy of the teacher that follows the student, then both in turns."""
