@@ -20,6 +20,7 @@ from limbeck.core.registry import Card
 from limbeck.core.roles import Roles
 from limbeck.engine.run import Result, execute
 from limbeck.engine.settings import Engine
+from limbeck.evaluate.generation import Generation, save_samples
 from limbeck.evidence import Evidence
 from limbeck.job import Job, Origin, claim, describe, gather, leads, seen
 from limbeck.models.folder import load_folder, save_folder
@@ -157,6 +158,8 @@ def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -
     if leads():
         evidence.finish(job, result.roles, time.perf_counter() - began)
         _save(job, result.roles)
+        if isinstance(job.test, Generation):
+            save_samples(job.test, result.roles, job.out)
         write_report(job.out)
     return result
 

@@ -18,6 +18,7 @@ from limbeck.core.files import write_text
 from limbeck.core.registry import name_of
 from limbeck.core.roles import Role, Roles
 from limbeck.evaluate import cost
+from limbeck.evaluate.generation import Generation
 from limbeck.job import Job
 
 _CALL = 32  # samples of the call that throughput is measured on
@@ -100,7 +101,8 @@ def _costs(job: Job, role: Role) -> dict[str, float]:
     batch = first_batch(job.data.get("test") or job.data.train, _CALL).to(device)
     with cost.evaluating(role.module):
         speed = cost.throughput(lambda: role(batch), len(batch), warmup=1, repeats=5, device=device)
-    return {**size, "throughput": speed}
+    calls = job.test.calls(role.name) if isinstance(job.test, Generation) else 1
+    return {**size, "throughput": speed / calls}
 
 
 def _lineage(job: Job) -> dict[str, Any]:

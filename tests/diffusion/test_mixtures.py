@@ -60,7 +60,7 @@ def test_density_has_mass_one_and_classes_share_it():
 def test_draws_are_those_of_the_mixture():
     teacher = ring(8, classes=4)
     x = teacher.sample(4000, torch.Generator().manual_seed(0))
-    seen = samples.coverage(x, teacher.means, teacher.std)
+    seen = samples.mode_coverage(x, teacher.means, teacher.std)
     assert seen["modes"] == 8
     assert seen["on_mode"] > 0.99
     assert seen["total_variation"] < 0.05
@@ -151,7 +151,7 @@ def test_how_many_different_samples_there_are():
     assert samples.vendi(same) == pytest.approx(1.0)
     assert samples.vendi(apart) == pytest.approx(6.0)
     assert samples.vendi(torch.cat([apart, apart])) == pytest.approx(6.0)
-    seen = samples.coverage(torch.zeros(5, 2), torch.tensor([[0.0, 0.0], [5.0, 5.0]]), 0.1)
+    seen = samples.mode_coverage(torch.zeros(5, 2), torch.tensor([[0.0, 0.0], [5.0, 5.0]]), 0.1)
     assert seen == {"modes": 1.0, "on_mode": 1.0, "total_variation": 0.5, "spread": 0.0}
     with pytest.raises(UsageError, match="cannot be compared"):
         samples.energy_distance(torch.zeros(2, 3), torch.zeros(2, 2))

@@ -104,7 +104,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
 
 
 @torch.no_grad()
-def coverage(x: Tensor, means: Tensor, std: float | Tensor, within: float = 3.0) -> dict[str, float]:
+def mode_coverage(x: Tensor, means: Tensor, std: float | Tensor, within: float = 3.0) -> dict[str, float]:
     """How samples lie on the modes of a known mixture.
 
     Args:
@@ -118,7 +118,7 @@ def coverage(x: Tensor, means: Tensor, std: float | Tensor, within: float = 3.0)
         how far the shares of the modes are from equal ones; `spread`, the standard deviation inside modes over the true one.
 
     Example:
-        >>> coverage(torch.tensor([[0.0], [0.1], [9.0]]), torch.tensor([[0.0], [5.0]]), 0.1)["modes"]
+        >>> mode_coverage(torch.tensor([[0.0], [0.1], [9.0]]), torch.tensor([[0.0], [5.0]]), 0.1)["modes"]
         1.0
     """
     x, means = _flat(x, means)
@@ -135,6 +135,35 @@ def coverage(x: Tensor, means: Tensor, std: float | Tensor, within: float = 3.0)
         "total_variation": float((shares - 1 / len(means)).abs().sum() / 2),
         "spread": float(spread),
     }
+
+
+@torch.no_grad()
+def density_and_coverage(real: Tensor, fake: Tensor, k: int = 5) -> dict[str, float]:
+    """Whether samples lie where real ones do, and whether real ones have samples near them (Naeem et al. 2020).
+
+    Args:
+        real: Real samples or their features `[N, ...]`, N above k.
+        fake: Generated ones `[M, ...]`.
+        k: The neighbour, among the real ones, at which a real sample's ball ends.
+
+    Returns:
+        `density`, how many balls of real samples a generated one is in, over k: about 1 where the distributions are equal, more
+        inside dense regions; `coverage`, the share of real samples with a generated one in their ball, at most 1.
+
+    Raises:
+        UsageError: There are too few real samples.
+
+    Example:
+        >>> x = torch.arange(8.0)[:, None]
+        >>> density_and_coverage(x, x[:1], k=2)
+        {'density': 1.0, 'coverage': 0.25}
+    """
+    a, b = _flat(real, fake)
+    if len(a) <= k:
+        raise UsageError("there are too few real samples", where="density_and_coverage", found=len(a), expected=k + 1)
+    radius = torch.cdist(a, a).kthvalue(k + 1, dim=1).values  # the first is the sample itself
+    inside = torch.cdist(a, b) <= radius[:, None]
+    return {"density": float(inside.double().sum(0).mean() / k), "coverage": float(inside.any(1).double().mean())}
 
 
 @torch.no_grad()

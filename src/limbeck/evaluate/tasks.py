@@ -17,6 +17,7 @@ from limbeck.data.language import TokenBlocks
 from limbeck.data.noise import Noise
 from limbeck.evaluate import metrics
 from limbeck.evaluate.cost import evaluating
+from limbeck.evaluate.generation import Generation, generates
 from limbeck.losses import kl
 from limbeck.losses.tokens import IGNORE, next_tokens
 
@@ -227,8 +228,8 @@ class ZeroShot:
 def evaluator(
     source: Source, student: nn.Module, batch_size: int = 256, taught: Source | None = None, compare: bool = True
 ) -> Evaluator | None:
-    """The evaluator that fits: zero-shot for images with texts, retrieval or similarity for sentence encoders, next tokens for
-    blocks of tokens, else classification.
+    """The evaluator that fits: samples beside real ones for generators, zero-shot for images with texts, retrieval or
+    similarity for sentence encoders, next tokens for blocks of tokens, else classification.
 
     Args:
         source: Held-out samples.
@@ -242,6 +243,8 @@ def evaluator(
     """
     if isinstance(getattr(source, "source", source), Noise):
         return None
+    if generates(student):
+        return Generation(source, batch_size)
     if isinstance(source, ImageText):
         return ZeroShot(source, batch_size)
     if isinstance(getattr(source, "source", source), TokenBlocks):

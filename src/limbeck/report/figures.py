@@ -1,6 +1,9 @@
 """The pictures of a report, as SVG text."""
 
+import base64
 import math
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from textwrap import wrap
@@ -127,6 +130,66 @@ def learning_curves(history: Sequence[Mapping[str, Any]], width: int = 340) -> l
     panels, starts = _series(history)
     order = sorted(panels, key=lambda name: (name == "lr", "loss" not in name))
     return [_curves(name, panels[name], starts, width) for name in order]
+
+
+def samples(name: str, x: Any, frame: Any, width: int = 340) -> str:
+    """Samples as a grid of images, or of points on a plane; empty where they are neither.
+
+    Args:
+        name: What they are of.
+        x: Images `[N, 1 or 3, H, W]`, flattened square ones of 49 pixels or more `[N, D]`, or points `[N, 2]`.
+        frame: Samples by which the picture is scaled: theirs are the darkest and brightest pixels, or the ends of the axes.
+        width: In pixels.
+
+    Returns:
+        SVG text.
+
+    Example:
+        >>> import torch
+        >>> points = torch.tensor([[0.0, 0.0], [1.0, 2.0]])
+        >>> samples("student", points, points).count("<circle")
+        2
+    """
+    svg = Svg(width, width + 24, f"Samples: {label(name)}").text(0, 14, label(name), "strong")
+    if x.ndim == 2 and x.shape[1] == 2:
+        (left, top), (right, bottom) = frame.amin(0).tolist(), frame.amax(0).tolist()
+        size = max(right - left, bottom - top) * 1.3 or 1.0
+        middle = ((left + right) / 2, (top + bottom) / 2)
+        scales = [Scale(m - size / 2, m + size / 2, 0, width) for m in middle]
+        for a, b in x.tolist():
+            svg.add("circle", cx=scales[0](a), cy=24 + width - scales[1](b), r=3, cls="f1")
+        return svg.render()
+    side = math.isqrt(x.shape[1]) if x.ndim == 2 else 0
+    if side >= 7 and side * side == x.shape[1]:
+        x = x.view(len(x), 1, side, side)
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        return ""
+    low, high = float(frame.min()), float(frame.max())
+    pixels = (255 * (x - low) / max(high - low, 1e-9)).clamp(0, 255).byte()
+    across = math.ceil(math.sqrt(len(pixels)))
+    cell = width / across
+    for i, image in enumerate(pixels):
+        place: dict[str, Any] = {
+            "x": cell * (i % across),
+            "y": 24 + cell * (i // across),
+            "width": cell - 2,
+            "height": cell - 2,
+        }
+        svg.add("image", href=_png(image), style="image-rendering:pixelated", **place)
+    return svg.render()
+
+
+def _png(image: Any) -> str:
+    """An image `[1 or 3, H, W]` of bytes as a PNG in a data address."""
+    channels, height, width = image.shape
+    rows = b"".join(b"\0" + bytes(row.flatten().tolist()) for row in image.permute(1, 2, 0))
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(b"\x89PNG\r\n\x1a\n" + body).decode()
 
 
 def proof(result: Mapping[str, Any], width: int = 720, standalone: bool = False) -> str:

@@ -117,6 +117,7 @@ def write_report(run_dir: str | os.PathLike[str]) -> Path:
     _candidates(page, run)
     _conversions(page, run)
     _family(page, run)
+    _samples(page, run)
     _history(page, run)
     for name, heading in (("data", "Data"), ("lineage", "How it was made"), ("environment", "Measured on")):
         if run.metrics.get(name):
@@ -232,6 +233,21 @@ def _family(page: Page, run: Run) -> None:
         for m in judged
     ]  # fmt: skip
     page.table([{label(name): cell for name, cell in row.items()} for row in rows])
+
+
+def _samples(page: Page, run: Run) -> None:
+    """What a generator makes, beside its teacher's and real samples of the same classes."""
+    path = run.folder / "samples.safetensors"
+    if not path.is_file():
+        return
+    from safetensors.torch import load_file
+
+    found = load_file(path)
+    shown = {name: found[name] for name in ("real", "teacher", "student") if name in found}
+    pictures = [picture for name, x in shown.items() if (picture := figures.samples(name, x, shown.get("real", x)))]
+    if pictures:
+        text = "Of the same classes and from the same noise; the teacher along its flow, the student in its few calls."
+        page.section("Samples", text).panels(pictures)
 
 
 def _history(page: Page, run: Run) -> None:
