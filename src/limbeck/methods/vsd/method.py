@@ -15,7 +15,7 @@ from limbeck.core.roles import Roles
 from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
-from limbeck.diffusion.objectives import Elements, surrogate
+from limbeck.diffusion.objectives import Elements, per_sample, surrogate
 from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss, noisy, predicted, schedule_of
 from limbeck.methods.checks import check_field
 
@@ -96,7 +96,7 @@ class VSD(Method):
             alpha, sigma = schedule.factors(t, x)
             # sigma^2 (e_teacher - e_fake), with e = (x_t - alpha x_0) / sigma
             gap = alpha * sigma * (own - real)
-        yield Update("student", surrogate(x, gap, self.elements), logs={"gap": gap.square().mean().sqrt()})
+        yield Update("student", surrogate(x, gap, self.elements), logs={"gap": per_sample(gap.square()).sqrt().mean()})
         if self.score == "learned":
             loss = denoising_loss(
                 m, "fake", draws, x, camera, times=self.times, dropout=self.dropout, elements=self.elements
