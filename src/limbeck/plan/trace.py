@@ -33,7 +33,7 @@ from limbeck.plan.report import RoleCost, StageCost
 def trace_stage(
     method: Method, m: Roles, stage: Train, parts: list[Batch], optim: Mapping[str, OptimSpec], engine: Engine
 ) -> StageCost:
-    """Run two steps of a stage, the second one watched: then the optimizers have their state.
+    """Run two steps of a stage, the second one watched: then the optimizers have their state, for which one micro-batch will do.
 
     Args:
         method: Whose hooks run.
@@ -66,7 +66,7 @@ def trace_stage(
         updater = Updater(m, stage, optim, method, engine, Plain(torch.device("cpu")))
         for name, optimizer in updater.optimizers.items():
             _label_optimizer(tracker, optimizer, updater.params[name])
-        updater.step(parts, whole)
+        updater.step(parts[:1], _size(parts[0]))
         start, before = tracker.now, counter.get_total_flops()
         flops.update(dict.fromkeys(m, 0))
         updater.step(parts, whole)
