@@ -54,7 +54,7 @@ def call(capsys, *words):
 def test_distill_says_what_came_out_and_what_next(capsys, place):
     shown = call(capsys, "distill", *WORDS, "--epochs", "1", "--out", "run")
     assert "report   run/report.html" in shown
-    assert "next     limbeck export run" in shown
+    assert "next     limbeck export run --trust\n" in shown
     assert (place / "run" / "report.html").is_file()
     assert (place / "run" / "student" / "model.safetensors").is_file()
 
@@ -101,7 +101,7 @@ def test_compare_and_report(capsys, place):
 
 def test_a_family_is_measured_and_one_is_picked(capsys, place):
     elastic = ["--student", "net.py:student", "--data", "net.py:data", "--method", "deps", "--set"]
-    call(
+    told = call(
         capsys,
         "distill",
         *elastic,
@@ -111,6 +111,7 @@ def test_a_family_is_measured_and_one_is_picked(capsys, place):
         "--out",
         "run",
     )
+    assert "next     limbeck family run --trust" in told
     assert main(["family", "run"]) == 2
     assert "trust" in capsys.readouterr().err
     shown = call(capsys, "family", "run", "--trust")

@@ -40,6 +40,30 @@ def test_batch_and_sequence_vary(tmp_path):
     assert session.run(None, feed)[0].shape == (9, 8)
 
 
+def test_images_beside_texts_share_the_batch_alone(tmp_path):
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.images, self.texts = nn.Linear(12, 4), nn.EmbeddingBag(20, 4)
+
+        def forward(self, pixel_values, input_ids):
+            return {"image_embeds": self.images(pixel_values.flatten(1)), "text_embeds": self.texts(input_ids)}
+
+    torch.manual_seed(0)
+    example = {"pixel_values": torch.rand(2, 3, 2, 2), "input_ids": torch.randint(20, (2, 6))}
+    report = to_onnx(Pairs(), example, tmp_path / "m.onnx", axes=("batch", "sequence"))
+    assert report.checked == ((2, 6), (1, 6), (5, 3))
+    inputs = onnxruntime.InferenceSession(tmp_path / "m.onnx").get_inputs()
+    assert [i.shape for i in inputs] == [["batch", 3, 2, 2], ["batch", "sequence"]]
+    with pytest.raises(UsageError, match="do not share"):
+        to_onnx(
+            Pairs(),
+            {**example, "pixel_values": torch.rand(3, 3, 2, 2)},
+            tmp_path / "n.onnx",
+            axes=("batch", "sequence"),
+        )
+
+
 def test_a_convolutional_model_is_exported_in_eval_mode_quietly(tmp_path, capfd, caplog):
     torch.manual_seed(0)
     model = nn.Sequential(

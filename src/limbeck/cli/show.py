@@ -60,4 +60,4 @@ def outcome(folder: Path) -> None:
     saved = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     kinds = [record.get("kind") for record in saved.get("records", [])]
     verb = "family" if "limbeck.nn.elastic:make_elastic" in kinds[-1:] else "export"
-    print(f"next     limbeck {verb} {folder}{' --trust' if '.py:' in str(student.get('spec')) else ''}")
+    print(f"next     limbeck {verb} {folder}{' --trust' if '.py:' in str(saved.get('spec')) else ''}")

@@ -64,6 +64,7 @@ def to_onnx(
     Args:
         module: What to export; it is exported in eval mode, on the CPU.
         example: Input tensors in order, or by the names that `forward` gives them; all share the leading axes named in `axes`.
+            Where some are whole numbers, as token ids, only these have the axes beyond the first: images beside texts have not.
         path: The `.onnx` file; weights beyond 1.8 GB go to `<path>.data` beside it.
         axes: Names of the leading dimensions that may vary: `("batch",)`, or `("batch", "sequence")` for token ids.
         opset: Version of ONNX's operators.
@@ -117,9 +118,9 @@ class _Main(nn.Module):
 
 
 def _export(model: _Main, example: Example, path: Path, axes: Sequence[str], opset: int) -> None:
-    shape = dict(enumerate(axes))
     named = isinstance(example, Mapping)
     kwargs = dict(example) if isinstance(example, Mapping) else {}
+    shapes = {name: dict(enumerate(axes[:count])) for name, count in _shared(example, axes).items()}
     with _quiet():
         torch.onnx.export(
             model,
@@ -128,7 +129,7 @@ def _export(model: _Main, example: Example, path: Path, axes: Sequence[str], ops
             kwargs=kwargs,
             input_names=list(kwargs) or list(signature(model.module.forward).parameters)[: len(example)],
             output_names=["output"],
-            dynamic_shapes={"kwargs": dict.fromkeys(kwargs, shape)} if named else {"args": (shape,) * len(example)},
+            dynamic_shapes={"kwargs": shapes} if named else {"args": tuple(shapes.values())},
             opset_version=opset,
             external_data=size_bytes(model) > _LARGEST,
             dynamo=True,
@@ -161,11 +162,20 @@ def _cases(example: Example, axes: Sequence[str]) -> list[tuple[int, ...]]:
     return [(2, *full), (1, *full), (5, *(-(-size // 2) for size in full))]
 
 
+def _shared(example: Example, axes: Sequence[Any]) -> dict[Any, int]:
+    """How many of the axes each tensor has, by its name or place."""
+    tensors: dict[Any, Tensor] = dict(example) if isinstance(example, Mapping) else dict(enumerate(example))
+    whole = {name for name, tensor in tensors.items() if not tensor.is_floating_point()} or set(tensors)
+    return {name: len(axes) if name in whole else min(1, len(axes)) for name in tensors}
+
+
 def _sizes(example: Example, axes: Sequence[str]) -> tuple[int, ...]:
-    """Sizes of the leading axes, which all tensors share."""
+    """Sizes of the leading axes, which all tensors share as far as they have them."""
     tensors = list(example.values()) if isinstance(example, Mapping) else list(example)
-    found = {tuple(t.shape[: len(axes)]) for t in tensors}
-    if len(found) != 1 or len(sizes := found.pop()) < len(axes) or 0 in sizes:
+    counts = list(_shared(example, axes).values())
+    found = [tuple(t.shape[:count]) for t, count in zip(tensors, counts, strict=True)]
+    sizes = max(found, key=len, default=())
+    if any(part != sizes[: len(part)] for part in found) or len(sizes) < len(axes) or 0 in sizes:
         raise UsageError(
             "the example's tensors do not share the dynamic axes",
             where="example",
@@ -178,14 +188,15 @@ def _sizes(example: Example, axes: Sequence[str]) -> tuple[int, ...]:
 def _resize(example: Example, sizes: Sequence[int]) -> Example:
     """The example with its leading axes cut or repeated to `sizes`."""
 
-    def resize(tensor: Tensor) -> Tensor:
-        for dim, size in enumerate(sizes):
+    def resize(tensor: Tensor, count: int) -> Tensor:
+        for dim, size in enumerate(sizes[:count]):
             tensor = tensor.index_select(dim, torch.arange(size) % tensor.shape[dim])
         return tensor
 
+    counts = _shared(example, sizes)
     if isinstance(example, Mapping):
-        return {name: resize(tensor.cpu()) for name, tensor in example.items()}
-    return tuple(resize(tensor.cpu()) for tensor in example)
+        return {name: resize(tensor.cpu(), counts[name]) for name, tensor in example.items()}
+    return tuple(resize(tensor.cpu(), counts[i]) for i, tensor in enumerate(example))
 
 
 @contextmanager
