@@ -58,6 +58,6 @@ def outcome(folder: Path) -> None:
     print(f"report   {folder / 'report.html'}")
     manifest = folder / "student" / "limbeck.json"
     saved = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-    kinds = [record.get("kind") for record in saved.get("records", [])]
-    verb = "family" if "limbeck.nn.elastic:make_elastic" in kinds[-1:] else "export"
+    kinds = [str(record.get("kind")).rpartition(":")[2] for record in saved.get("records", [])]
+    verb = "family" if "make_elastic" in kinds and "extract" not in kinds else "export"
     print(f"next     limbeck {verb} {folder}{' --trust' if '.py:' in str(saved.get('spec')) else ''}")
