@@ -126,9 +126,11 @@ class AdamS(Optimizer):
             return average
         share = min(1.0, share)
         moved = torch._foreach_sign([params[i] for i in masked])
-        torch._foreach_mul_(moved, group["decay"])
-        moved = torch._foreach_lerp([average[i] for i in masked], moved, share)
+        torch._foreach_mul_(moved, share * group["decay"])
+        torch._foreach_add_(moved, [average[i] for i in masked], alpha=-share)
+        torch._foreach_mul_(moved, [~self.masks[id(params[i])] for i in masked])
+        torch._foreach_add_(moved, [average[i] for i in masked])
         mixed = list(average)
         for i, momentum in zip(masked, moved, strict=True):
-            mixed[i] = torch.where(self.masks[id(params[i])], average[i], momentum)
+            mixed[i] = momentum
         return mixed
