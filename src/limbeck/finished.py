@@ -19,6 +19,7 @@ from limbeck.core.errors import UsageError
 from limbeck.core.recipe import resolve_data
 from limbeck.core.roles import Role, Roles
 from limbeck.data import Data, load_data
+from limbeck.evaluate.generation import generates
 from limbeck.evaluate.tasks import evaluator
 from limbeck.export.deploy import Deployed, Form, deploy
 from limbeck.export.onnx import OnnxReport, to_onnx
@@ -42,12 +43,14 @@ class Exported:
         deployed: The student in the form in which it runs, where one was asked for.
         before: The student's numbers on held-out data.
         after: Those of the deployed student; both empty where the data are not at hand.
+        unjudged: Why they are not.
     """
 
     onnx: OnnxReport
     deployed: Deployed | None = None
     before: Mapping[str, float] = field(default_factory=dict)
     after: Mapping[str, float] = field(default_factory=dict)
+    unjudged: str | None = None
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,14 @@ class Finished:
             raise UsageError("the data are made by Python code", where=path, found=spec, fix="--trust, or trust=True")
         return tokenised(load_data(spec, **options), None, self._whole)[0]
 
+    @property
+    def held_out(self) -> Any:
+        """The data that training never saw."""
+        return self.data.get("test") or self.data.validation
+
     def judge(self, module: nn.Module) -> dict[str, float]:
         """The numbers of a module like the student on the data that training never saw; empty without labels."""
-        source = self.data.get("test") or self.data["validation"]
-        judge = evaluator(source, module, 256, None, False)
+        judge = evaluator(self.held_out, module, 256, None, False)
         if judge is None:
             return {}
         with torch.no_grad():
@@ -154,22 +161,25 @@ def export(
         RunError: The student cannot be written as ONNX, or the graph computes something else.
     """
     done = Finished.open(run, module, trust)
-    example = _example(done.inputs)
+    example = _conditioned(done.student, _example(done.inputs))
     axes = ("batch", "sequence") if "input_ids" in done.inputs else ("batch",)
     name = "model.onnx" if to is None else f"model-{to.replace(':', '-')}.onnx"
     target = Path(path) if path is not None else done.folder / "student" / name
     if to is None:
         return Exported(to_onnx(done.student, example, target, axes=axes))
+    x: Any = example
+    unjudged = None
     try:
-        source = done.data.get("test") or done.data["validation"]
+        source = done.held_out
         batch = source.batch(torch.arange(min(_BATCH, len(source))), 0)
-        x, known = done.prepared(batch.x), True
-    except UsageError:  # the data were objects of the caller's, say
-        x, known = example if isinstance(example, Mapping) else example[0], False
+        x = done.prepared(batch.x)
+        x = x if isinstance(x, Mapping) else _conditioned(done.student, (x,))
+    except UsageError as error:  # the data were objects of the caller's, say
+        unjudged = error.what
     deployed = deploy(done.student, to, x)
-    before, after = (done.judge(net) if known else {} for net in (done.student, deployed.model))
+    before, after = ({} if unjudged else done.judge(net) for net in (done.student, deployed.model))
     written = to_onnx(deployed.model, example, target, axes=axes, tolerance=deployed.tolerance)
-    return Exported(written, deployed, before, after)
+    return Exported(written, deployed, before, after, unjudged)
 
 
 def family(
@@ -216,6 +226,14 @@ def save_member(run: str | os.PathLike[str], member: Member, small: nn.Module, o
     manifest = read_manifest(Path(run) / "student")
     records = [*manifest["records"], Extract(member.arch).record]
     save_student(out, small, records, manifest["spec"], manifest["meta"], manifest["num_classes"])
+
+
+def _conditioned(module: Any, x: Any) -> Any:
+    """Inputs of a generator with the empty condition beside the noise, so that the graph takes both; others as they are."""
+    null = getattr(module, "null", None)
+    if not generates(module) or null is None:
+        return x
+    return {"x_t": x[0], "condition": null.expand(len(x[0]), *null.shape)}
 
 
 def _example(inputs: Mapping[str, Any]) -> tuple[Tensor, ...] | dict[str, Tensor]:

@@ -319,6 +319,7 @@ def test_export_in_the_form_in_which_it_runs(recipe):
     (result.out / "recipe.yaml").unlink()
     again = export(result.out, trust=True, to="int8-weight")  # without the data, outputs alone are compared
     assert again.before == {}
+    assert "does not say what its data are" in again.unjudged
     assert again.deployed.relative_difference < 0.02
 
 

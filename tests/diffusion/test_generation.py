@@ -12,6 +12,7 @@ from limbeck.diffusion import Denoiser, RectifiedFlow, ring
 from limbeck.evaluate.generation import Generation
 from limbeck.evaluate.samples import density_and_coverage
 from limbeck.evaluate.tasks import evaluator
+from limbeck.finished import export
 from limbeck.nn.time_mlp import TimeMLP
 from limbeck.report import figures
 
@@ -73,7 +74,15 @@ def test_a_run_shows_its_samples_and_counts_the_teachers_calls(tmp_path):
     models = json.loads((tmp_path / "metrics.json").read_text())["models"]
     assert {"coverage", "energy_distance", "frechet_distance"} <= models["student"].keys() & models["teacher"].keys()
     assert models["student"]["throughput"] > 5 * models["teacher"]["throughput"]
-    assert result.out == tmp_path
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    written = export(result.out, module=network()).onnx
+    assert written.inputs == ("x_t", "condition")
+    z, y = torch.randn(3, 2), torch.tensor([0, 1, 3])
+    (found,) = runtime.InferenceSession(written.path).run(None, {"x_t": z.numpy(), "condition": y.numpy()})
+    with torch.no_grad():
+        expected = result.roles.student.module.eval()(z, condition=y)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_images_become_a_grid():

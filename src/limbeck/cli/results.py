@@ -70,8 +70,9 @@ def export(
     rows = [{"": label(n), "student": number(n, v), to.value: number(n, after.get(n))} for n, v in before.items()]
     show.table(rows)
     print(f"outputs  differ by at most {done.relative_difference:.1e} of the largest, over {done.layers} layers")
-    if done.note:
-        print(f"note     {done.note}")
+    for note in (done.note, found.unjudged and f"not judged on data: {found.unjudged}"):
+        if note:
+            print(f"note     {note}")
 
 
 def family(
