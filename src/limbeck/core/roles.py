@@ -206,9 +206,8 @@ class Roles:
         module, record = how(self[base].module)
         if frozen and base != name:
             self[base].freeze()
-        if base != name and not {id(p) for p in self[base].module.parameters()}.isdisjoint(
-            map(id, module.parameters())
-        ):
+        learning = {id(p) for p in module.parameters() if p.requires_grad}  # weights under adapters may be shared
+        if base != name and not learning.isdisjoint(map(id, self[base].module.parameters())):
             raise UsageError(
                 "a conversion shares parameters with its origin", where=f"{base} -> {name}", fix="copy them"
             )

@@ -5,6 +5,7 @@ from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import guided
 from limbeck.diffusion.mixture import GaussianMixture, grid, ring, scattered
 from limbeck.diffusion.objectives import dmd_gradient, sid_loss, surrogate
+from limbeck.diffusion.sampler import Experts, Sampler
 from limbeck.diffusion.sampling import few_step, flow
 from limbeck.diffusion.schedule import EDM, Cosine, RectifiedFlow, Schedule, Table
 
@@ -14,8 +15,10 @@ __all__ = [
     "Denoiser",
     "Draws",
     "EDMDenoiser",
+    "Experts",
     "GaussianMixture",
     "RectifiedFlow",
+    "Sampler",
     "Schedule",
     "Table",
     "dmd_gradient",

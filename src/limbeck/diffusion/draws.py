@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 
+import torch
 from torch import Tensor
 
 from limbeck.core.batch import Batch
@@ -28,10 +29,15 @@ class Draws:
 
     def __init__(self, m: Roles, batch: Batch) -> None:
         self._keys = mix(mix(batch.id + (m.seed << 32)) + m.step)
+        self._once = mix(mix(torch.tensor([m.seed << 32])) + m.step)
 
     def uniform(self, name: str) -> Tensor:
         """A number in [0, 1) for each sample `[B]`, fp32."""
         return uniforms(self._named(name), 1)[:, 0].float().clamp(max=1 - 2**-24)
+
+    def once(self, name: str) -> float:
+        """A number in [0, 1) for the whole step, the same in all micro-batches and processes."""
+        return float(uniforms(mix(self._once + zlib.crc32(name.encode())), 1).clamp(max=1 - 2**-24))
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         """Standard normal numbers in the shape, dtype and device of `like` `[B, ...]`."""

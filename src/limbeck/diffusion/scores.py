@@ -12,7 +12,7 @@ from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role, Roles
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import Scale, guided
-from limbeck.diffusion.objectives import Elements, per_sample
+from limbeck.diffusion.objectives import Elements, dmd_gradient, per_sample
 from limbeck.diffusion.schedule import Schedule
 
 Weight = Callable[[Tensor, Tensor], Tensor]  # of alpha and sigma
@@ -95,6 +95,32 @@ def denoising_loss(
     found = m[role](x_t, t=t, condition=dropped(m[role], condition, draws, dropout))
     factor = weight(*schedule.factors(t, x))
     return per_sample(factor * (found - x).square(), elements).mean()
+
+
+@torch.no_grad()
+def matching_gradient(
+    m: Roles,
+    draws: Draws,
+    x: Tensor,
+    condition: Tensor | None = None,
+    *,
+    teacher: str = "teacher",
+    guidance: Scale = 1.0,
+    times: tuple[float, float] = (0.02, 0.98),
+) -> Tensor:
+    """The gradient of distribution matching on samples `[B, ...]`, at a random time each (Yin et al. 2024), for `surrogate`.
+
+    Args:
+        m: The roles; `fake` follows the samples and is not guided.
+        draws: Of the batch.
+        x: Generated samples `[B, ...]`.
+        condition: Class labels `[B]` or embeddings.
+        teacher: The role whose distribution is aimed at.
+        guidance: Of that role.
+        times: Between which shares of the schedule.
+    """
+    x_t, t = noisy(schedule_of(m[teacher]), draws, "matching", x.detach(), *times)
+    return dmd_gradient(x, predicted(m[teacher], x_t, t, condition, guidance), predicted(m.fake, x_t, t, condition))
 
 
 def check_denoisers(m: Roles, *names: str) -> None:

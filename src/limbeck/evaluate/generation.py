@@ -27,7 +27,7 @@ class Generation:
     """Judges generators by as many samples as there are real ones, of the same classes: `coverage` and `density` of the real
     samples, `energy_distance` and `frechet_distance` to them, all of the samples as they are, flattened.
 
-    A student is called once for each sample; a teacher goes along its flow in 50 steps. The noise is always the same.
+    A student is called once for each sample, a `Sampler` takes its own steps in that call; a teacher goes along its flow in 50 steps. The noise is always the same.
 
     Args:
         source: Real samples, with labels where the models have classes.
@@ -70,7 +70,8 @@ class Generation:
         """The role's samples `[N, ...]` for the classes of the first `count` real ones."""
         device = next((p.device for p in role.module.parameters()), torch.device("cpu"))
         parts = []
-        with evaluating(role.module):
+        with evaluating(role.module), torch.random.fork_rng():
+            torch.manual_seed(0)  # for noise that is added between steps
             for rows in self.rows(count):
                 batch = self.source.batch(rows, 0)
                 noise = normals(batch.id, batch.x[0].numel()).view_as(batch.x).to(device, torch.float32)
