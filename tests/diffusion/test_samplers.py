@@ -98,7 +98,8 @@ def test_adapters_share_the_weights_and_merge_into_the_same_function(tmp_path):
     record = m.convert("fake", AddLora(rank=2, alpha=4), of="teacher")
     assert m.fake(x, t=t, condition=y).equal(m.teacher(x, t=t, condition=y))
     names = [name for name, p in m.fake.named_parameters() if p.requires_grad]
-    assert names and all("lora" in name for name in names)
+    assert names
+    assert all("lora" in name for name in names)
     base = {id(p) for p in m.teacher.parameters()}
     assert sum(id(p) in base for p in m.fake.parameters()) == len(base)
     for p in m.fake.parameters():

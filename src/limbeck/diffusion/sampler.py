@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class Sampler(nn.Module):
 
     def __init__(self, denoiser: nn.Module, times: Sequence[float], noise: Noise = "fresh") -> None:
         super().__init__()
-        falling = all(a > b for a, b in zip(times, times[1:], strict=False))
+        falling = all(a > b for a, b in pairwise(times))
         if not times or not falling or times[-1] <= 0 or noise not in ("fresh", "fixed", "ddim"):
             raise UsageError(
                 "these are no steps from noise to samples", where="times, noise", found=f"{list(times)}, {noise}",

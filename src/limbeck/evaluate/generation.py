@@ -27,7 +27,8 @@ class Generation:
     """Judges generators by as many samples as there are real ones, of the same classes: `coverage` and `density` of the real
     samples, `energy_distance` and `frechet_distance` to them, all of the samples as they are, flattened.
 
-    A student is called once for each sample, a `Sampler` takes its own steps in that call; a teacher goes along its flow in 50 steps. The noise is always the same.
+    A student is called once for each sample, in which call a `Sampler` takes all its steps; a teacher goes along its flow in 50
+    steps. The noise is always the same.
 
     Args:
         source: Real samples, with labels where the models have classes.

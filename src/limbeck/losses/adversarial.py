@@ -70,7 +70,7 @@ def gradient_penalty(scores: Tensor, inputs: Tensor, target: float = 1.0, reduct
     Example:
         >>> x = torch.ones(3, 2, requires_grad=True)
         >>> gradient_penalty(2 * x.sum(1), x).round(decimals=4)
-        tensor(3.3431, grad_fn=<RoundBackward1>)
+        tensor(3.3431)
     """
     (slope,) = torch.autograd.grad(scores.sum(), inputs, create_graph=True)
     squared = slope.flatten(1).square().sum(1)
