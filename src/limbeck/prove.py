@@ -95,6 +95,8 @@ class Proof:
         arms: By name; the method itself last.
         comparisons: What is asserted and what is reported.
         better: Which direction of the metric is the better one.
+        budget: What all arms must have equally many of: `passes` through the student, forward and backward; or `updates`,
+            backward passes alone, where arms differ by design in how many steps a generator takes. All are reported.
     """
 
     claim: str
@@ -103,6 +105,7 @@ class Proof:
     arms: Mapping[str, Arm]
     comparisons: Sequence[Comparison]
     better: Literal["higher", "lower"] = "higher"
+    budget: Literal["passes", "updates"] = "passes"
 
     def __post_init__(self) -> None:
         sizes = {name: len(arm.grid) for name, arm in self.arms.items()}
@@ -299,7 +302,7 @@ def _run(proof: Proof, seeds: Sequence[int], trials: _Trials, method: str) -> No
 def _judge(proof: Proof, seeds: list[int], trials: _Trials) -> dict[str, Any]:
     """Everything that follows from the trials."""
     arms = {name: _tune(proof, name, seeds, trials) for name in proof.arms}
-    _same_budget(arms)
+    _same_budget(proof, arms)
     tests = {name: arm["test"] for name, arm in arms.items()}
     comparisons = [_compare(proof, c, tests) for c in proof.comparisons]
     holds = all(c["holds"] for c in comparisons if c["asserted"])
@@ -332,9 +335,10 @@ def _tune(proof: Proof, name: str, seeds: Sequence[int], trials: _Trials) -> dic
     test = [row[i]["test"] for row, i in zip(table, best, strict=True)]
     if not all(math.isfinite(v) for v in test):
         raise RunError("an arm of the proof has no finite result", where=name, found=test)
-    passes = {json.dumps(r["passes"], sort_keys=True): r["passes"] for row in table for r in row}
-    if len(passes) != 1:
-        raise RunError("the trials of an arm had different budgets", where=name, found=list(passes))
+    passes = [r["passes"] for row in table for r in row]
+    counted = {json.dumps(p if proof.budget == "passes" else p["student"]["backward"], sort_keys=True) for p in passes}
+    if len(counted) != 1:
+        raise RunError("the trials of an arm had different budgets", where=name, found=sorted(counted))
     return {
         "tunes": arm.tunes,
         "grid": list(arm.grid),
@@ -343,16 +347,17 @@ def _tune(proof: Proof, name: str, seeds: Sequence[int], trials: _Trials) -> dic
         "test": test,
         "test_by_value": {str(value): [row[i]["test"] for row in table] for i, value in enumerate(arm.grid)},
         "seconds": round(sum(r["seconds"] for row in table for r in row), 1),
-        "passes": next(iter(passes.values())),
+        "passes": passes[0],
     }
 
 
-def _same_budget(arms: Mapping[str, Mapping[str, Any]]) -> None:
-    """Equally many forward and backward passes; the last batches of epochs may differ, by a tenth of the samples at most."""
+def _same_budget(proof: Proof, arms: Mapping[str, Mapping[str, Any]]) -> None:
+    """Equally many forward and backward passes, or of the latter alone; the last batches of epochs may differ, by a tenth of the samples at most."""
     budgets = {name: arm["passes"].get("student") for name, arm in arms.items()}
     found = [budget for budget in budgets.values() if budget is not None]
-    steps = {(budget["forward"], budget["backward"]) for budget in found}
-    samples = [budget["examples"] for budget in found]
+    forward = proof.budget == "passes"
+    steps = {(budget["forward"] if forward else 0, budget["backward"]) for budget in found}
+    samples = [budget["examples"] if forward else 1 for budget in found]
     if len(found) < len(budgets) or len(steps) != 1 or min(samples) < 0.9 * max(samples):
         raise RunError("the arms of the proof had different budgets", where="passes through the student", found=budgets)
 

@@ -144,6 +144,12 @@ def test_unequal_budgets_stop_the_proof(own, tmp_path):
     assert not (tmp_path / "out" / "proof.json").exists()
 
 
+def test_arms_whose_generators_take_several_steps_have_equal_updates(own, tmp_path):
+    body = BODY.replace('50 + seed, name="a"', '50 + seed, forward=11 + seed, name="a"')
+    method = own(body.replace("Proof(", 'Proof(budget="updates", '))
+    assert prove(method, seeds=2, out=tmp_path / "out")["cost"]["passes_per_trial"]["a"]["student"]["forward"] == 11
+
+
 def test_a_killed_proof_goes_on(own, tmp_path):
     method, calls, trap = own(), tmp_path / "own" / "calls", tmp_path / "own" / "trap"
     whole = prove(method, seeds=2, out=tmp_path / "whole")
