@@ -352,7 +352,10 @@ def _tune(proof: Proof, name: str, seeds: Sequence[int], trials: _Trials) -> dic
 
 
 def _same_budget(proof: Proof, arms: Mapping[str, Mapping[str, Any]]) -> None:
-    """Equally many forward and backward passes, or of the latter alone; the last batches of epochs may differ, by a tenth of the samples at most."""
+    """Equally many forward and backward passes, or of the latter alone.
+
+    The last batches of epochs may differ, by a tenth of the samples at most.
+    """
     budgets = {name: arm["passes"].get("student") for name, arm in arms.items()}
     found = [budget for budget in budgets.values() if budget is not None]
     forward = proof.budget == "passes"
