@@ -1,6 +1,8 @@
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Which kernels are taken, and what memory they need for themselves, is to be the same on processors with and without AMX.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

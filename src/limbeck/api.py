@@ -54,7 +54,7 @@ def distill(
         teacher: A module, or what `load_model` reads, such as `"timm:resnet50"`; several make an ensemble.
         student: The same.
         data: A `Data`, a data set of torch, `(x, y)` tensors, or what `load_data` reads, such as a folder.
-        method: A method, or its name; default: `embedding` for sentence encoders, else `kd`.
+        method: A method, or its name; default: see `default_method`.
         budget: Time for the whole run, such as `"2m"` or seconds; sets `engine.steps`.
         out: The run's folder; default `runs/METHOD-STUDENT`.
         engine: How it is executed.
@@ -87,7 +87,7 @@ def distill(
         "pretrained": pretrained,
         "cache": None if cache is None else os.fspath(cache),
         "data": describe(data),
-        "method": method or default_method(teacher),
+        "method": method or default_method(teacher, data),
         "engine": plain(engine or {}),
         "optim": {role: plain(spec) for role, spec in (optim or {}).items() if role not in given},
         "out": None if out is None else os.fspath(out),
@@ -190,8 +190,10 @@ def methods() -> dict[str, Card]:
     return {name: registry.card(name) for name in sorted(registry.METHODS)}
 
 
-def default_method(teacher: Any) -> str:
-    """The method for a teacher when none is named: `embedding` for sentence encoders, else `kd`."""
+def default_method(teacher: Any, data: Any = None) -> str:
+    """The method when none is named: `embedding` for sentence encoders, labels alone on condensed data, else `kd`."""
+    if teacher is None and str(data).startswith("condensed:"):
+        return "limbeck.evaluate.baselines:Supervised"
     encoder = teacher.startswith("st:") if isinstance(teacher, str) else type(teacher).__name__ in _ENCODERS
     return "embedding" if encoder else "kd"
 

@@ -19,6 +19,7 @@ from limbeck.core.errors import UsageError
 from limbeck.core.recipe import resolve_data
 from limbeck.core.roles import Role, Roles
 from limbeck.data import Data, load_data
+from limbeck.data.condensed import Condensed
 from limbeck.evaluate.generation import generates
 from limbeck.evaluate.tasks import evaluator
 from limbeck.export.deploy import Deployed, Form, deploy
@@ -161,6 +162,9 @@ def export(
         RunError: The student cannot be written as ONNX, or the graph computes something else.
     """
     done = Finished.open(run, module, trust)
+    if isinstance(done.student, Condensed):
+        fix = f"train a network on it: limbeck distill --data condensed:{run} --student ..."
+        raise UsageError("a data set is no graph", where=run, found="a condensed data set", fix=fix)
     example = _conditioned(done.student, _example(done.inputs))
     axes = ("batch", "sequence") if "input_ids" in done.inputs else ("batch",)
     name = "model.onnx" if to is None else f"model-{to.replace(':', '-')}.onnx"

@@ -24,6 +24,7 @@ from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
 from limbeck.data import Data, TextSource, load_data
 from limbeck.data.combine import Concatenated
+from limbeck.data.condensed import condensed_size, from_source
 from limbeck.engine.runtime import make_runtime
 from limbeck.engine.settings import Engine
 from limbeck.evaluate.tasks import Evaluator, evaluator
@@ -124,7 +125,10 @@ def gather(
     teacher_module = teachers.get("teacher")
     with torch.random.fork_rng():
         torch.manual_seed(recipe.engine.seed)
-        module, origin = student_of(student, teacher_module, classes, partial(_load, recipe.pretrained))
+        if isinstance(student, str) and (count := condensed_size(student)) is not None:
+            module, origin = from_source(sources.train, count, recipe.engine.seed), Origin(student)
+        else:
+            module, origin = student_of(student, teacher_module, classes, partial(_load, recipe.pretrained))
     if origin.records and isinstance(recipe.teacher, str):
         origin = replace(origin, spec=recipe.teacher)
     sources, taught = tokenised(sources, teacher_module, module)
@@ -174,7 +178,7 @@ def assemble(
     check_out(out)
     alone = engine if engine.processes == 1 else replace(engine, processes=1, shard=())
     device = make_runtime(alone).device
-    modules = {**teachers, "student": student}
+    modules: dict[str, nn.Module] = {**teachers, "student": student}
     roles = Roles(**{n: Role(n, m, model_preprocess(m) if normalise else None) for n, m in modules.items()})
     check_roles(method, roles, optim)
     check_data(data, roles, method)

@@ -47,5 +47,5 @@ def distill(
     teachers = teacher[0] if teacher and len(teacher) == 1 else teacher or None
     tree = {"teacher": teachers, "student": student, "data": data, "out": None if out is None else str(out)}
     tree = {name: value for name, value in tree.items() if value is not None}
-    recipe = Recipe.parse(tree | {"method": method or default_method(teachers), "engine": engine}, set_ or ())
+    recipe = Recipe.parse(tree | {"method": method or default_method(teachers, data), "engine": engine}, set_ or ())
     execute(recipe, budget, dry_run, json)

@@ -89,6 +89,7 @@ class Role:
         self.module.eval()
         for p in self._learned:
             p.requires_grad_(False)
+            p.grad = None  # of an earlier training
         for part in self.module.modules():
             part.__dict__["train"] = partial(_stay, part)
 

@@ -11,6 +11,8 @@ from typing import Any
 from limbeck.core.errors import UsageError, require
 from limbeck.data import embedded, folders, tables
 from limbeck.data.build import complete, from_object, from_tables, hub_tables, is_hub, with_transforms
+from limbeck.data.condensed import NAME as CONDENSED
+from limbeck.data.condensed import Condensed
 from limbeck.data.data import Data
 from limbeck.data.images import SUFFIXES, image_files
 from limbeck.data.language import text_blocks
@@ -29,8 +31,9 @@ def load_data(spec: Any, *, tokenizer: Callable[..., Any] | str | None = None, *
         spec: A name (`digits`, `iris`, `wine`, `breast_cancer`, `superclasses`, `shapes`, `docstrings`); a folder of images (one
             folder for each class, below `train/`, `val/`, `test/` or not); a `.parquet`, `.csv`, `.tsv`, `.jsonl` or
             `.txt` file (one sentence a line) or a folder of them; `hf:NAME` or `hf:NAME:CONFIG` for Hugging Face
-            `datasets`; `file.py:function` or `package.module:factory` that returns any of the following; a `Data`, a
-            mapping of splits, a source, a data set or data loader of torch, tensors `(x, y)`.
+            `datasets`; `condensed:FOLDER` for what a condensing method made; `file.py:function` or
+            `package.module:factory` that returns any of the following; a `Data`, a mapping of splits, a source, a data
+            set or data loader of torch, tensors `(x, y)`.
         tokenizer: For texts; see `TextSource`, and `DataOptions` for names.
         **options: The fields of `DataOptions`.
 
@@ -76,6 +79,8 @@ def _load(spec: Any, o: DataOptions, tokenizer: Tokenizer) -> Data:
         return embedded.EMBEDDED[text](seed=o.seed)
     if text == "docstrings":
         return embedded.docstrings(tokenizer, o.max_length)
+    if text.startswith(f"{CONDENSED}:"):
+        return Data(train=Condensed.load(text.partition(":")[2]).source())
     if text.startswith("hf:"):
         return from_tables(_hub(text.removeprefix("hf:")), o, tokenizer)
     if is_object(text):

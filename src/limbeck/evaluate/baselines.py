@@ -1,12 +1,39 @@
 """Steps that every method is compared with: no teacher, and plain distillation."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.core.batch import Batch
+from limbeck.core.method import Method
 from limbeck.core.roles import Roles
 from limbeck.losses import kl
+
+
+@dataclass(frozen=True)
+class Supervised(Method):
+    """A student that learns from labels alone, without a teacher.
+
+    Args:
+        smoothing: Share of the label's mass that is spread over all classes, in [0, 1].
+
+    Example:
+        >>> m = Roles(student=torch.nn.Identity())
+        >>> Supervised().step(m, Batch(x=torch.zeros(2, 4), y=torch.tensor([0, 1])))
+        tensor(1.3863)
+    """
+
+    frozen: ClassVar[tuple[str, ...]] = ()
+    logits: ClassVar[tuple[str, ...]] = ("student",)
+
+    smoothing: float = 0.0
+
+    def step(self, m: Roles, batch: Batch) -> Tensor:
+        """Cross-entropy with the labels."""
+        return supervised(m, batch, self.smoothing)
 
 
 def supervised(m: Roles, batch: Batch, smoothing: float = 0.0) -> Tensor:

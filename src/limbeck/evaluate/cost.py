@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from limbeck.core.errors import UsageError
 
@@ -144,9 +144,23 @@ def flops(module: nn.Module, *args: Any, **kwargs: Any) -> int:
         >>> flops(nn.Linear(8, 4), torch.zeros(16, 8)) == 2 * 16 * 8 * 4
         True
     """
-    with evaluating(module), _unfused(), FlopCounterMode(display=False) as counter:
+    with evaluating(module), _unfused(), flop_counter() as counter:
         module(*args, **kwargs)
     return counter.get_total_flops()
+
+
+def flop_counter() -> FlopCounterMode:
+    """torch's counter, which also knows the fused attention of CPUs."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+    def count(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    def count_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_backward_flop_count(gradient, query, key, value)
+
+    return FlopCounterMode(display=False, custom_mapping={forward: count, backward: count_backward})
 
 
 def latency(

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
+from limbeck.data.condensed import Condensed
 from limbeck.data.image_text import ImageText
 from limbeck.data.language import TokenBlocks
 from limbeck.data.noise import Noise
 from limbeck.evaluate import metrics
+from limbeck.evaluate.condensation import Condensation
 from limbeck.evaluate.cost import evaluating
 from limbeck.evaluate.generation import Generation, generates
 from limbeck.losses import kl
@@ -228,8 +230,9 @@ class ZeroShot:
 def evaluator(
     source: Source, student: nn.Module, batch_size: int = 256, taught: Source | None = None, compare: bool = True
 ) -> Evaluator | None:
-    """The evaluator that fits: samples beside real ones for generators, zero-shot for images with texts, retrieval or
-    similarity for sentence encoders, next tokens for blocks of tokens, else classification.
+    """The evaluator that fits: samples beside real ones for generators, networks trained from scratch for condensed sets,
+    zero-shot for images with texts, retrieval or similarity for sentence encoders, next tokens for blocks of tokens, else
+    classification.
 
     Args:
         source: Held-out samples.
@@ -245,6 +248,8 @@ def evaluator(
         return None
     if generates(student):
         return Generation(source, batch_size)
+    if isinstance(student, Condensed):
+        return Condensation(source, batch_size)
     if isinstance(source, ImageText):
         return ZeroShot(source, batch_size)
     if isinstance(getattr(source, "source", source), TokenBlocks):

@@ -12,6 +12,7 @@ from torch import nn
 
 from limbeck.convert.record import MANIFEST, load_student, save_student
 from limbeck.core.errors import UsageError, require
+from limbeck.data.condensed import Condensed, condensed_folder
 
 _DEPTH = "limbeck.convert.layers:inherit_layers"
 
@@ -26,8 +27,9 @@ def save_folder(
 ) -> None:
     """Write a model so that `load_model(path)` gives it back.
 
-    Sentence encoders are written as sentence-transformers, models of transformers and timm in the forms of these libraries;
-    all others, and those that conversions have changed otherwise than in depth, as a student's folder (`save_student`).
+    Sentence encoders are written as sentence-transformers, models of transformers and timm in the forms of these libraries,
+    condensed data sets as `Condensed.save` does; all others, and those that conversions have changed otherwise than in depth,
+    as a student's folder (`save_student`).
 
     Args:
         module: The model.
@@ -37,6 +39,9 @@ def save_folder(
         records: Its conversions, in their order.
     """
     path, model = Path(path), cast(Any, module)
+    if isinstance(module, Condensed):
+        module.save(path)
+        return
     described = all(record["kind"] == _DEPTH for record in records)  # a configuration tells the number of layers
     if hasattr(model, "tokenize") and hasattr(model, "save"):
         model.save(path)
@@ -61,6 +66,8 @@ def load_folder(path: Path, module: nn.Module | None = None, trust: bool = False
     """
     from limbeck.models.load import load_model
 
+    if condensed_folder(path) is not None:
+        return Condensed.load(path)
     if (path / "student").is_dir():
         return load_folder(path / "student", module, trust)
     if module is not None or (path / MANIFEST).is_file():

@@ -15,7 +15,7 @@ from limbeck.core.errors import UsageError, quiet_torchao
 
 _FILE = re.compile(r"(.+\.py):(\w+)$")
 _MODULE = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*):(\w+)$")
-SCHEMES = ("timm", "torchvision", "hf", "st", "layers", "slice")
+SCHEMES = ("timm", "torchvision", "hf", "st", "layers", "slice", "condensed")
 
 
 def is_object(spec: str) -> bool:

@@ -17,6 +17,7 @@ from limbeck.core.optim import OptimSpec
 from limbeck.core.recipe import Recipe
 from limbeck.core.roles import Role, Roles
 from limbeck.data import Data, embedded, load_data
+from limbeck.data.condensed import blank, condensed_size
 from limbeck.data.options import DataOptions
 from limbeck.data.sources import Rows
 from limbeck.engine.settings import Engine
@@ -104,16 +105,20 @@ def draft(recipe: Recipe, samples: int | None = None) -> Draft:
     teacher = modules.get("teacher")
     if "teacher" in recipe.method.logits:
         _check_classes(teacher, classes)
-    student, _ = student_of(recipe.student, teacher, classes, _load)
+    each = condensed_size(recipe.student)
+    student: Any = None if each else student_of(recipe.student, teacher, classes, _load)[0]
     taught = None
     if found is not None:
-        read, other = tokenised(Data(**{n: s for n, s in found.items() if n != "test"}), teacher, student)
+        read, other = tokenised(Data(**{n: s for n, s in found.items() if n != "test"}), teacher, student or teacher)
         data, taught = read, None if other is None else other.train
     else:
         count = samples or recipe.engine.batch_size
         data = _shapes(spec, options, teacher or student, count, classes or num_classes(student))
         shown = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in data.train.x.items())
         notes.append(f"the data '{spec}' are not on this machine: samples are taken to be {shown}")
+    if each:
+        shape = data.train.batch(torch.arange(1), 0).x.shape[1:]
+        student = blank(shape, classes or num_classes(teacher or nn.Module()) or 1, each)
     recipe.method.check_data(data)
     roles = Roles(**{n: Role(n, m, model_preprocess(m)) for n, m in {**modules, "student": student}.items()})
     counted = found is not None or samples is not None
@@ -121,6 +126,7 @@ def draft(recipe: Recipe, samples: int | None = None) -> Draft:
 
 
 def _is_here(spec: str) -> bool:
+    spec = spec.removeprefix("condensed:")
     named = spec in embedded.NAMES or is_object(spec)
     return named or Path(spec.removeprefix("hf:")).expanduser().exists()
 

@@ -25,6 +25,7 @@ from limbeck.core.stages import Train
 from limbeck.engine.runtime import Plain
 from limbeck.engine.settings import Engine
 from limbeck.engine.updater import Updater
+from limbeck.evaluate.cost import flop_counter
 from limbeck.plan.fake import tensors_of
 from limbeck.plan.memory import Memory, MemoryTracker
 from limbeck.plan.report import RoleCost, StageCost
@@ -55,7 +56,7 @@ def trace_stage(
     flops = dict.fromkeys(m, 0)
     with (
         MemoryTracker() as tracker,
-        FlopCounterMode(display=False) as counter,
+        flop_counter() as counter,
         ExitStack() as hooks,
         explained(stage, parts[0], outputs),
     ):
