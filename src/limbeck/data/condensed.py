@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from limbeck.data.sources import TensorSource
 
 NAME = "condensed"
 _DATA, _NOTES = "condensed.safetensors", "condensed.json"
+_PARTS = ("x", "y", "soft", "compensators", "composed", "step_size")
 
 
 class Condensed(nn.Module):
@@ -63,7 +66,7 @@ class Condensed(nn.Module):
         sizes = {"y": len(y)} | ({} if soft is None else {"soft": soft.shape[-2]})
         if any(size != count for size in sizes.values()) or not count:
             raise UsageError("labels and samples differ in number", where="condensed", found=sizes, expected=count)
-        if not bool(x.isfinite().all()):
+        if type(x.detach()) is Tensor and not bool(x.isfinite().all()):  # fake tensors have no values
             raise UsageError("the samples hold NaN or infinite values", where="condensed.x", fix="drop or mend them")
         self.x = nn.Parameter(x.detach().clone(), requires_grad="x" in learn)
         self.compensators = _parameter(compensators, "compensators" in learn)
@@ -107,7 +110,7 @@ class Condensed(nn.Module):
 
     def parts(self) -> dict[str, Tensor]:
         """What there is to store, by name."""
-        named = {name: getattr(self, name) for name in ("x", "y", "soft", "compensators", "composed", "step_size")}
+        named = {name: getattr(self, name) for name in _PARTS}
         found = {name: t.detach() for name, t in named.items() if t is not None}
         found["y"] = found["y"].to(torch.uint8 if int(self.y.max()) < 256 else torch.int32)
         if "composed" in found:
@@ -170,6 +173,36 @@ class Condensed(nn.Module):
         from limbeck.evaluate.condensation import train_on
 
         return train_on(self, mode, **training)
+
+
+@dataclass(frozen=True, eq=False)
+class Become:
+    """Another condensed set in the place of one, as a conversion.
+
+    Args:
+        condensed: The other.
+
+    Example:
+        >>> small = Condensed(torch.zeros(2, 3), torch.tensor([0, 1]))
+        >>> Become(Condensed(small.x, small.y, step_size=0.1))(small)[0].step_size.item()
+        0.10000000149011612
+    """
+
+    condensed: Condensed
+
+    def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """A copy of the set, and the record that makes one of its form."""
+        named = {name: getattr(self.condensed, name) for name in _PARTS}
+        forms = {n: [list(t.shape), str(t.dtype).removeprefix("torch.")] for n, t in named.items() if t is not None}
+        learn = [name for name, p in self.condensed.named_parameters() if p.requires_grad]
+        record = {"kind": f"{__name__}:become", "parts": forms, "learn": learn, "info": self.condensed.info}
+        return copy.deepcopy(self.condensed), record
+
+
+def become(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+    """A set of the form that a record tells, of zeros."""
+    parts = {n: torch.zeros(shape, dtype=getattr(torch, kind)) for n, (shape, kind) in record["parts"].items()}
+    return Condensed(**parts, learn=record["learn"], info=record["info"])
 
 
 def from_source(source: Source, images_per_class: int, seed: int = 0, noise: bool = False) -> Condensed:

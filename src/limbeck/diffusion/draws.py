@@ -33,7 +33,7 @@ class Draws:
 
     def uniform(self, name: str) -> Tensor:
         """A number in [0, 1) for each sample `[B]`, fp32."""
-        return uniforms(self._named(name), 1)[:, 0].float().clamp(max=1 - 2**-24)
+        return uniforms(self.keys(name), 1)[:, 0].float().clamp(max=1 - 2**-24)
 
     def once(self, name: str) -> float:
         """A number in [0, 1) for the whole step, the same in all micro-batches and processes."""
@@ -41,7 +41,8 @@ class Draws:
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         """Standard normal numbers in the shape, dtype and device of `like` `[B, ...]`."""
-        return normals(self._named(name), like[0].numel()).view(like.shape).to(like.device, like.dtype)
+        return normals(self.keys(name), like[0].numel()).view(like.shape).to(like.device, like.dtype)
 
-    def _named(self, name: str) -> Tensor:
+    def keys(self, name: str) -> Tensor:
+        """A key for each sample `[B]` int64, for draws of other kinds."""
         return mix(self._keys + zlib.crc32(name.encode()))

@@ -234,19 +234,19 @@ class Condensation:
         """The numbers of any role."""
         if role != "student":
             with evaluating(m[role].module):
-                return {"top1": accuracy(_whole(m[role], m[role].module), self.source, self.batch_size)}
+                return {"top1": accuracy(whole(m[role], m[role].module), self.source, self.batch_size)}
         condensed: Any = m[role].module
         teacher = next(iter(m.teachers.values()))
         scores = []
         with torch.enable_grad():
             for k in range(self.trainings):
-                network = train_on(condensed, _whole(teacher, fresh(teacher.module, k)), self.training, k)
+                network = train_on(condensed, whole(teacher, fresh(teacher.module, k)), self.training, k)
                 scores.append(accuracy(network, self.source, self.batch_size))
         return {"top1": sum(scores) / len(scores)}
 
 
-def _whole(role: Role, network: nn.Module) -> nn.Module:
-    """A network with what the role does to its inputs first."""
+def whole(role: Role, network: nn.Module) -> nn.Module:
+    """A network with what a role does to its inputs first; its parameters have the same order."""
     return network if role.preprocess is None else nn.Sequential(_First(role.preprocess), network)
 
 

@@ -1,0 +1,1 @@
+"""Alignment with smooth expert trajectories."""

@@ -1,0 +1,214 @@
+"""Trajectory matching with strong experts, smoothed so that a small data set can follow them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from limbeck.core.batch import Batch
+from limbeck.core.method import Method
+from limbeck.core.optim import Optim
+from limbeck.core.roles import Roles
+from limbeck.core.stages import Collect, Convert, Stage, Train
+from limbeck.core.update import Update
+from limbeck.data.condensed import Become, Condensed
+from limbeck.data.coresets import medoids
+from limbeck.data.ids import normals
+from limbeck.evaluate.condensation import whole
+from limbeck.methods.checks import check_field
+from limbeck.optim.unroll import Form, call_flat
+from limbeck.teachers.following import Following, check_following
+from limbeck.teachers.trajectories import ExpertTraining, Segments, Trajectories, check_network, smoothed, train_experts
+
+
+@dataclass(frozen=True)
+class AST(Method):
+    """Alignment with smooth and high-quality expert trajectories (Shen, Yang and Lam 2023).
+
+    Experts have momentum and decay, and a loss that is damped at first and keeps input gradients near 1, so that their weights
+    move evenly. The student has momentum too, starts from weights that are perturbed, is scaled by where a segment starts, and
+    is held to the expert after each of its epochs. The formulas are those of the authors' code; the paper could not be read.
+
+    Args:
+        experts: Number of experts.
+        epochs: Of the experts.
+        expert_lr: Their learning rate.
+        expert_batch_size: Samples of their steps.
+        penalty: `lambda` of the experts' gradient penalty, 2 in the code; 0 for none.
+        norm: What it is of: `pixel` as in the code, or `sample`, which is meant (inferred); they differ by the root of the
+            number of pixels.
+        student_steps: N.
+        expert_epochs: M.
+        starts: Segments start at epochs 0 to `starts - 1`.
+        batch_size: Condensed samples of a step; None for all of them.
+        operations: Augmentations, `("color", "shift", "cutout", "flip", "scale", "rotate")` for DSA.
+        momentum: Of the student.
+        perturbation: `a`: convolution weights start at `W + a (d / ||d||) W`, d normal; 0 for none.
+        balanced: Whether the student's loss is scaled by `balance`.
+        intermediate: Weights of the distances after 1, ..., M - 1 epochs: `adaptive` (k / M), `agg` (1), or `none`.
+        init: Samples to begin with: `medoids`, nearest to the centres of an expert's logits, or `real`, as they are given.
+        variant: Of the medoids: `paper`, as many centres as samples (inferred), or `code`, 10 centres and a tenth of the samples
+            at each.
+        step_size: At first.
+        step_size_lr: Its own learning rate; 0 keeps it.
+        form: `constant` or `full`, the same gradient.
+
+    Example:
+        >>> net = torch.nn.Linear(4, 3)
+        >>> m = Roles(teacher=net, student=Condensed(torch.randn(3, 4), torch.arange(3), step_size=0.1))
+        >>> experts = Trajectories(None, net, ExpertTraining())
+        >>> AST().step(experts, m, Segments(2, 5).batch(torch.tensor([3]), 0)).role
+        'student'
+    """
+
+    logits: ClassVar[tuple[str, ...]] = ("teacher",)
+    reads: ClassVar[tuple[str, ...] | None] = ("teacher",)
+
+    experts: int = 20
+    epochs: int = 20
+    expert_lr: float = 0.003
+    expert_batch_size: int = 256
+    penalty: float = 2.0
+    norm: Literal["sample", "pixel"] = "pixel"
+    student_steps: int = 20
+    expert_epochs: int = 2
+    starts: int = 10
+    batch_size: int | None = None
+    operations: tuple[str, ...] = ()
+    momentum: float = 0.9
+    perturbation: float = 1.0
+    balanced: bool = True
+    intermediate: Literal["adaptive", "agg", "none"] = "adaptive"
+    init: Literal["medoids", "real"] = "medoids"
+    variant: Literal["paper", "code"] = "paper"
+    step_size: float = 0.01
+    step_size_lr: float = 1e-5
+    form: Form = "constant"
+
+    def __post_init__(self) -> None:
+        for name in ("experts", "epochs", "student_steps", "expert_epochs", "starts"):
+            check_field(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("penalty", "perturbation", "step_size_lr"):
+            check_field(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        check_field("step_size", self.step_size, self.step_size > 0, "above 0")
+        check_field("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        check_field("form", self.form, self.form in ("full", "constant"), "full | constant")
+
+    @property
+    def expert_training(self) -> ExpertTraining:
+        """How experts are trained."""
+        plain = ExpertTraining(
+            self.experts, self.epochs, self.expert_lr, batch_size=self.expert_batch_size, operations=self.operations,
+            norm=self.norm,
+        )  # fmt: skip
+        return smoothed(plain, self.penalty)
+
+    @property
+    def following(self) -> Following:
+        """How the student follows them."""
+        steps, epochs = self.student_steps, self.expert_epochs
+        return Following(steps, epochs, self.batch_size, self.operations, self.momentum, self.form)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of the distances on the way."""
+        if self.intermediate == "none":
+            return ()
+        return tuple(
+            1.0 if self.intermediate == "agg" else k / self.expert_epochs for k in range(1, self.expert_epochs)
+        )
+
+    def check(self, m: Roles, batch: Batch) -> None:
+        """The network's weights are all that it is, and experts are long enough."""
+        check_network(m.teacher.module)
+        check_following(m, self.following, self.epochs, self.starts)
+        each = m.student.module.info.get("images_per_class", 1)
+        fits = self.init != "medoids" or self.variant == "paper" or each >= 10
+        check_field(
+            "variant", f"code, {each} samples of each class", fits, "10 samples of each class or more, or paper"
+        )
+
+    def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
+        """Experts, samples to begin with, then the samples."""
+        training = replace(self.expert_training, seed=m.seed)
+        network = whole(m.teacher, m.teacher.module)
+        found = yield Collect("experts", lambda m, folder: train_experts(network, data.train, folder, training))
+        experts = Trajectories(found.path, whole(m.teacher, m.teacher.module), training)
+        old: Any = m.student.module
+        x, y = old.x, old.y
+        if self.init == "medoids":
+            each = old.info.get("images_per_class", 1)
+            chosen = yield Collect("medoids", partial(self._medoids, experts, data.train, each), example=None)
+            if chosen.value is not None:
+                batch = data.train.batch(torch.tensor(chosen.value), 0)
+                x, y = batch.x, batch.y
+        learn = ("x", "step_size") if self.step_size_lr else ("x",)
+        begun = Condensed(x, y, step_size=self.step_size, learn=learn, info=old.info)
+        yield Convert("student", Become(begun), name="samples to begin with")
+        step = partial(self.step, experts)
+        yield Train(step, roles={"student": None}, frozen=self.frozen, data=Segments(self.experts, self.starts))
+
+    def step(self, experts: Trajectories, m: Roles, batch: Batch) -> Update:
+        """One update of the samples and of their step size."""
+        student: Any = m.student.module
+        size = student.step_size.detach().clone()
+        scale = partial(balance, middle=self.starts // 2) if self.balanced else lambda start: 1.0
+        begin = partial(perturb, shapes=[p.shape for p in m.teacher.parameters()], size=self.perturbation)
+        loss = self.following.loss(m, experts, batch, scale=scale, begin=begin, weights=self.weights)
+        return Update("student", loss, logs={"step_size": size})
+
+    def optimizer(self, m: Roles, role: str, optim: Optim) -> torch.optim.Optimizer:
+        """The step size has a rate of its own."""
+        own: Mapping[str, float] = {"step_size": self.step_size_lr / optim.lr, **optim.lr_multipliers}
+        return replace(optim, lr_multipliers=own).build(m[role].module)
+
+    def after_update(self, m: Roles, role: str) -> None:
+        """A step size stays above 0."""
+        student: Any = m.student.module
+        student.step_size.data.clamp_(min=1e-6)
+
+    def _medoids(self, experts: Trajectories, source: Any, each: int, m: Roles, folder: Path) -> list[int]:
+        """Rows of samples near the centres of the first expert's last logits."""
+        weights, logits = experts(0, self.epochs), []
+        for rows in torch.arange(len(source)).split(256):
+            batch = source.batch(rows, 0).to(weights.device)
+            logits.append(call_flat(experts.network, weights, batch.x).cpu())
+        centres, near = (each, 1) if self.variant == "paper" else (10, each // 10)
+        return medoids(torch.cat(logits), source.labels, centres, near, m.seed).tolist()
+
+
+def balance(start: int, middle: int) -> float:
+    """The factor of the student's loss: `log_5(s - h + 8)` from the middle h on, `1 / log_5(h - s + 8)` before it.
+
+    Example:
+        >>> round(balance(5, 5), 4), round(balance(4, 5), 4)
+        (1.292, 0.7325)
+    """
+    return math.log(start - middle + 8, 5) if start >= middle else 1 / math.log(middle - start + 8, 5)
+
+
+def perturb(weights: Tensor, key: Tensor, shapes: list[torch.Size], size: float) -> Tensor:
+    """`W + size (d / ||d||_F) W` for weights of four dimensions, d standard normal; others stay as they are.
+
+    Args:
+        weights: Flat `[P]`.
+        key: Of the draws `[1]`.
+        shapes: Of the parameters, in their order.
+        size: `a`.
+    """
+    if not size:
+        return weights
+    found = []
+    for i, (part, shape) in enumerate(zip(weights.split([s.numel() for s in shapes]), shapes, strict=True)):
+        if len(shape) == 4:
+            noise = normals(key + i, shape.numel())[0].to(part)
+            part = part + size * noise / noise.norm() * part
+        found.append(part)
+    return torch.cat(found)

@@ -1,0 +1,1 @@
+"""Flat trajectory distillation, and matching of training trajectories, its base."""

@@ -1,0 +1,324 @@
+"""Expert trajectories: the weights of many networks after every epoch of their training, trained together and kept on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
+from limbeck.core.files import aside
+from limbeck.core.source import Source
+from limbeck.data.augment import augment
+from limbeck.data.ids import digest, mix
+from limbeck.data.sources import Rows
+from limbeck.evaluate.condensation import fresh
+from limbeck.losses.trajectory import input_gradient_norm
+from limbeck.optim.unroll import flatten
+
+_NOTES = "experts.json"
+
+
+@dataclass(frozen=True)
+class ExpertTraining:
+    """How experts are trained: stochastic gradient descent on real data, each with its own weights, order and augmentation.
+
+    Args:
+        count: Experts.
+        epochs: Passes over the data; the weights are kept at the start and after each.
+        lr: Learning rate.
+        momentum: Heavy ball.
+        weight_decay: L2.
+        batch_size: Samples of a step.
+        operations: Augmentations, see `limbeck.data.augment`.
+        radius: `rho`: gradients are taken where the loss is highest within it (flat trajectories, FTD); 0 for none.
+        gsam_alpha: `a`: the descent is along `g_p - a g_perp`, g_perp the part of the plain gradient at right angles to the
+            perturbed one (GSAM, Zhuang et al. 2022); 0 is SAM.
+        adaptive: Whether the perturbation is in proportion to the squared weights, as in the code of FTD.
+        ramp: Whether the loss is scaled by 0.5, 0.55, ..., 0.95 in the first ten epochs (the clipping loss of AST's code).
+        penalty: `lambda` of `(||d sum(logits) / dx|| - 1)^2` at samples without augmentation (AST); 0 for none.
+        norm: `pixel`, over channels, as in AST's code, or `sample`.
+        drop: From the epoch after the middle on, the rate is multiplied by this, and the momentum starts anew.
+        seed: Of all.
+    """
+
+    count: int = 20
+    epochs: int = 20
+    lr: float = 0.01
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    batch_size: int = 256
+    operations: tuple[str, ...] = ()
+    radius: float = 0.0
+    gsam_alpha: float = 0.0
+    adaptive: bool = True
+    ramp: bool = False
+    penalty: float = 0.0
+    norm: Literal["sample", "pixel"] = "pixel"
+    drop: float = 1.0
+    seed: int = 0
+
+
+class Trajectories:
+    """Experts on disk, read where they are asked for; files are memory-mapped.
+
+    Args:
+        folder: What `train_experts` wrote; None stands for experts that there are not, as in a plan: all weights are those
+            of the network.
+        network: A network of the experts' kind.
+        training: How they were trained.
+
+    Raises:
+        UsageError: The folder holds other experts, or is damaged.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None, network: nn.Module, training: ExpertTraining) -> None:
+        self.folder, self.network, self.training = folder, network, training
+        if folder is None:
+            return
+        try:
+            notes = json.loads((Path(folder) / _NOTES).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError("there are no whole expert trajectories", where=folder, found=error) from None
+        if notes["shapes"] != _shapes(network):
+            raise UsageError(
+                "these experts are of another architecture",
+                where=folder,
+                found=notes["shapes"],
+                expected=_shapes(network),
+            )
+
+    def __call__(self, expert: int, epoch: int) -> Tensor:
+        """The weights of an expert after an epoch, flat `[P]` fp32."""
+        device = next(self.network.parameters()).device
+        if self.folder is None:
+            return flatten([p.detach() for p in self.network.parameters()])
+        return _epoch(str(Path(self.folder) / f"epoch-{epoch:04d}.safetensors"))[expert].to(device)
+
+
+@lru_cache(maxsize=256)
+def _epoch(path: str) -> Tensor:
+    """The weights of all experts after an epoch `[K, P]`, mapped, not read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("weights")
+    except (OSError, SafetensorError) as error:
+        raise UsageError("an expert's weights cannot be read", where=path, found=error) from None
+
+
+class Segments(Rows):
+    """Pieces of trajectories as data: sample (k, s) is expert k from epoch s on. A batch has `expert` and `start` `[B]`.
+
+    Args:
+        experts: Their number.
+        starts: Epochs to start from: 0 to `starts - 1`.
+    """
+
+    views = 1
+
+    def __init__(self, experts: int, starts: int) -> None:
+        self.ids = torch.arange(experts * starts)
+        self.starts = starts
+
+    def batch(self, rows: Tensor, view: int) -> Batch:
+        """The segments at positions `rows` `[B]`."""
+        ids = self.ids[rows]
+        return Batch(x=ids, id=ids, view=torch.full_like(ids, view), expert=ids // self.starts, start=ids % self.starts)
+
+    def fingerprint(self) -> str:
+        """Of their number."""
+        return digest("segments", len(self.ids), self.starts)
+
+
+def train_experts(
+    network: nn.Module, source: Source, folder: str | os.PathLike[str], training: ExpertTraining
+) -> dict[str, Any]:
+    """Train experts side by side, by `vmap` over their stacked weights, and write the weights after each epoch.
+
+    Killed half-way and called again with the same folder, it goes on after the last whole epoch, to the same bits.
+
+    Args:
+        network: The architecture; without batch normalisation's running statistics.
+        source: Labelled real samples.
+        folder: Where `epoch-0000.safetensors`, ... are written, each `weights` `[K, P]`.
+        training: How.
+
+    Returns:
+        Plain data: number of experts, of epochs, of parameters, and the last epoch's mean loss.
+
+    Raises:
+        UsageError: The network keeps running statistics, or the data have no labels.
+    """
+    check_network(network)
+    folder = Path(folder)
+    done = sorted(folder.glob("epoch-*.safetensors"))
+    stacked = _first(network, training) if not done else _state(done[-1], "weights", network)
+    speeds = None if not done else _state(done[-1], "momentum", network)
+    step = _step(network, training)
+    loss = torch.zeros(training.count)
+    with torch.enable_grad():
+        if not done:
+            _write(folder, 0, stacked, None)
+        for epoch in range(max(0, len(done) - 1), training.epochs):
+            if epoch == training.epochs // 2 + 1 and training.drop != 1:
+                speeds = None
+            rate = training.lr * (training.drop if epoch > training.epochs // 2 else 1.0)
+            total, batches = torch.zeros(training.count), _batches(source, training, epoch)
+            for x, seen, y in batches:
+                gradients, losses = step(stacked, x, seen, y, epoch)
+                speeds = gradients if speeds is None or not training.momentum else {
+                    n: training.momentum * speeds[n] + g for n, g in gradients.items()
+                }  # fmt: skip
+                stacked = {n: w - rate * speeds[n] for n, w in stacked.items()}
+                total += losses
+            loss = total
+            _write(folder, epoch + 1, stacked, speeds if training.momentum else None)
+    notes = {"shapes": _shapes(network), "training": asdict(training)}
+    with aside(folder / _NOTES) as scratch:
+        scratch.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+    parameters = sum(p.numel() for p in network.parameters())
+    return {"experts": training.count, "epochs": training.epochs, "parameters": parameters, "loss": float(loss.mean())}
+
+
+def check_network(network: nn.Module) -> None:
+    """Trajectories are of weights alone.
+
+    Raises:
+        UsageError: The network keeps running statistics, or drops units.
+    """
+    for name, part in network.named_modules():
+        running = getattr(part, "running_mean", None) is not None
+        if running or (isinstance(part, nn.Dropout) and part.p > 0):
+            raise UsageError(
+                "trajectories are of weights alone, and this network has more", where=f"teacher.{name}",
+                found=type(part).__name__, expected="no running statistics and no dropout",
+                fix="limbeck.nn.convnet.ConvNet with norm='instance' is the usual network",
+            )  # fmt: skip
+
+
+def _step(network: nn.Module, training: ExpertTraining) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
+    """Gradients of all experts for their batches, by name, and losses `[K]`."""
+
+    def loss(weights: Mapping[str, Tensor], x: Tensor, seen: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+        value = scale * F.cross_entropy(functional_call(network, dict(weights), (seen,)), y)
+        if training.penalty:
+            slope = grad(lambda x: functional_call(network, dict(weights), (x,)).sum())(x)
+            value = value + training.penalty * (input_gradient_norm(slope, training.norm) - 1).square().mean()
+        return value
+
+    def flat_norm(g: Mapping[str, Tensor]) -> Tensor:
+        return sum((v.square().sum() for v in g.values()), torch.zeros(())).sqrt()
+
+    def one(weights: Mapping[str, Tensor], *batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        g, value = torch.func.grad_and_value(loss)(weights, *batch)
+        if training.radius:
+            g = _sharpness_aware(lambda w: grad(loss)(w, *batch), weights, g, training, flat_norm)
+        if training.weight_decay:
+            g = {n: v + training.weight_decay * weights[n] for n, v in g.items()}
+        return g, value
+
+    together = vmap(one, in_dims=(0, 0, 0, 0, None))
+
+    def step(stacked: Mapping[str, Tensor], x: Tensor, seen: Tensor, y: Tensor, epoch: int) -> Any:
+        scale = torch.tensor(min(1.0, 0.5 + 0.05 * epoch) if training.ramp else 1.0)
+        gradients, losses = together(stacked, x, seen, y, scale)
+        return {n: g.detach() for n, g in gradients.items()}, losses.detach()
+
+    return step
+
+
+def _sharpness_aware(
+    again: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
+    weights: Mapping[str, Tensor],
+    g: Mapping[str, Tensor],
+    training: ExpertTraining,
+    norm: Callable[[Mapping[str, Tensor]], Tensor],
+) -> dict[str, Tensor]:
+    """GSAM's direction: the gradient where the loss is high, less what the plain one has at right angles to it."""
+    scaled = {n: weights[n].abs() * v for n, v in g.items()} if training.adaptive else g
+    size = training.radius / (norm(scaled) + 1e-12)
+    moved = {n: size * (weights[n].square() * v if training.adaptive else v) for n, v in g.items()}
+    perturbed = again({n: w + moved[n] for n, w in weights.items()})
+    if not training.gsam_alpha:
+        return dict(perturbed)
+    squared = norm(perturbed).square() + 1e-24
+    inner = sum(((g[n] * v).sum() for n, v in perturbed.items()), torch.zeros(()))
+    return {n: v - training.gsam_alpha * (g[n] - inner / squared * v) for n, v in perturbed.items()}
+
+
+def _batches(source: Source, training: ExpertTraining, epoch: int) -> Any:
+    """Batches `[K, B, ...]` of an epoch, each expert in its own order: samples, their views, labels."""
+    size = min(training.batch_size, len(source))
+    orders = [np.random.default_rng([training.seed, k, epoch]).permutation(len(source)) for k in range(training.count)]
+    order = torch.from_numpy(np.stack(orders))
+    for rows in order.split(size, dim=1):
+        batch = source.batch(rows.reshape(-1), epoch)
+        if batch.get("y") is None:
+            raise UsageError("experts need labels", where="data.train", expected="a class for each sample")
+        x: Tensor = batch.x
+        seen = x
+        if training.operations:
+            expert = torch.arange(training.count).repeat_interleave(rows.shape[1])
+            keys = mix(mix(batch.id + (training.seed << 32)) + (expert << 16) + epoch)
+            seen = augment(x, keys, training.operations)
+        shape = (training.count, rows.shape[1], *x.shape[1:])
+        yield x.view(shape), seen.reshape(shape), batch.y.view(shape[:2])
+
+
+def _first(network: nn.Module, training: ExpertTraining) -> dict[str, Tensor]:
+    """New weights for each expert, stacked by name."""
+    nets = [fresh(network, training.seed * 1_000_003 + k) for k in range(training.count)]
+    named = [dict(net.named_parameters()) for net in nets]
+    return {name: torch.stack([params[name].detach() for params in named]) for name in named[0]}
+
+
+def _write(folder: Path, epoch: int, stacked: Mapping[str, Tensor], speeds: Mapping[str, Tensor] | None) -> None:
+    """An epoch's weights `[K, P]`; the momentum is kept with the last epoch alone."""
+    tensors = {"weights": torch.cat([w.flatten(1) for w in stacked.values()], 1)}
+    if speeds is not None:
+        tensors["momentum"] = torch.cat([m.flatten(1) for m in speeds.values()], 1)
+    with aside(folder / f"epoch-{epoch:04d}.safetensors") as scratch:
+        save_file(tensors, scratch)
+    earlier = folder / f"epoch-{epoch - 1:04d}.safetensors"
+    if speeds is not None and earlier.is_file() and "momentum" in (old := load_file(earlier)):
+        with aside(earlier) as scratch:
+            save_file({"weights": old["weights"]}, scratch)
+
+
+def _state(path: Path, key: str, network: nn.Module) -> Any:
+    """Stacked tensors by name from a file; None where it has none of that kind."""
+    flat = load_file(path).get(key)
+    if flat is None:
+        return None
+    found, at = {}, 0
+    for name, p in network.named_parameters():
+        found[name] = flat[:, at : at + p.numel()].reshape(len(flat), *p.shape).clone()
+        at += p.numel()
+    return found
+
+
+def _shapes(network: nn.Module) -> dict[str, list[int]]:
+    return {name: list(p.shape) for name, p in network.named_parameters()}
+
+
+def smoothed(training: ExpertTraining, penalty: float = 2.0) -> ExpertTraining:
+    """AST's way: strong experts (momentum 0.9, decay 1e-3) with the ramp, the penalty and the drop of the rate.
+
+    Example:
+        >>> smoothed(ExpertTraining()).momentum
+        0.9
+    """
+    return replace(training, momentum=0.9, weight_decay=1e-3, ramp=True, penalty=penalty, drop=0.6)
