@@ -18,6 +18,7 @@ from limbeck.core import registry
 from limbeck.core.method import updates
 from limbeck.core.stages import Stage
 from limbeck.data import Data, TensorSource
+from limbeck.data.condensed import from_source
 from limbeck.data.noise import Noise
 from limbeck.data.procedural import shapes
 from limbeck.diffusion import Denoiser, RectifiedFlow
@@ -154,6 +155,11 @@ def denoisers() -> Roles:
     return Roles(teacher=seeded(0, network), student=seeded(1, network))
 
 
+def condensed() -> Roles:
+    """A network, and three samples of each class for it."""
+    return Roles(teacher=seeded(0, lambda: mlp(INPUTS, 8, CLASSES)), student=from_source(data().train, 3))
+
+
 def encoders() -> Roles:
     """A small CLIP, and a copy of it."""
     return Roles(teacher=seeded(0, clip), student=seeded(0, clip))
@@ -213,6 +219,22 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
     "deps": {
         "method": lambda: registry.find("deps")(divisor=2, ramp=0.2),
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": "the loss shown is that of a random sub-network"},
+    },
+    "ftd": {
+        "method": lambda: registry.find("ftd")(
+            experts=4, epochs=5, expert_lr=0.2, student_steps=4, starts=4, step_size=0.1
+        ),
+        "roles": condensed,
+        "optim": Optim("sgd", lr=5.0, momentum=0.5),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
+    },
+    "ast": {
+        "method": lambda: registry.find("ast")(
+            experts=4, epochs=5, expert_lr=0.02, penalty=0.05, student_steps=4, starts=4, step_size=0.02
+        ),
+        "roles": condensed,
+        "optim": Optim("sgd", lr=1.0, momentum=0.5),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
     },
     "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}},
     "kd3": {

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
     from limbeck.core.method import Method
 
 METHODS: Mapping[str, str] = {
+    "ast": "limbeck.methods.ast.method:AST",
     "cast": "limbeck.methods.cast.method:CAST",
     "deps": "limbeck.methods.deps.method:DepS",
     "distill_nearest": "limbeck.methods.distill_nearest.method:DistillNearest",
     "distill_weighted": "limbeck.methods.distill_weighted.method:DistillWeighted",
     "embedding": "limbeck.methods.embedding.method:Embedding",
+    "ftd": "limbeck.methods.ftd.method:FTD",
     "kd": "limbeck.methods.kd.method:KD",
     "kd3": "limbeck.methods.kd3.method:KD3",
     "lelp": "limbeck.methods.lelp.method:LELP",

@@ -31,6 +31,7 @@ class Training:
 
     def __init__(self, run: Run, stage: Train) -> None:
         self.run, self.stage, self.m, self.engine = run, stage, run.m, run.engine
+        self.m._converted.clear()  # of stages before: only what changes from here on needs new optimizers and averages
         self.at = Position()
         self.own: dict[str, Any] = {}
         self.best: dict[str, Any] | None = None
