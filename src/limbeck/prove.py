@@ -11,7 +11,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,11 +45,13 @@ class Trial:
         validation: The metric that the value is chosen by.
         test: The metric that is reported.
         passes: Passes through each model, as `fit` returns them; all arms must have equally many of the student.
+        also: Other numbers of the test, by name: nothing is chosen or asserted by them, and they are reported.
     """
 
     validation: float
     test: float
     passes: Mapping[str, Passes]
+    also: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,8 @@ def _run(proof: Proof, seeds: Sequence[int], trials: _Trials, method: str) -> No
         trial = proof.arms[name].run(seed, value)
         seconds = round(time.perf_counter() - start, 3)
         row = {"arm": name, "seed": seed, "value": value, "validation": round(trial.validation, 6)}
-        trials.add({**row, "test": round(trial.test, 6), "seconds": seconds, "passes": as_dict(dict(trial.passes))})
+        row |= {"test": round(trial.test, 6), "seconds": seconds, "passes": as_dict(dict(trial.passes))}
+        trials.add(row | ({"also": {k: round(v, 6) for k, v in trial.also.items()}} if trial.also else {}))
 
 
 def _judge(proof: Proof, seeds: list[int], trials: _Trials) -> dict[str, Any]:
@@ -335,6 +338,8 @@ def _tune(proof: Proof, name: str, seeds: Sequence[int], trials: _Trials) -> dic
     test = [row[i]["test"] for row, i in zip(table, best, strict=True)]
     if not all(math.isfinite(v) for v in test):
         raise RunError("an arm of the proof has no finite result", where=name, found=test)
+    chosen = [row[i].get("also", {}) for row, i in zip(table, best, strict=True)]
+    also = {name: [row[name] for row in chosen] for name in chosen[0]}
     passes = [r["passes"] for row in table for r in row]
     counted = {json.dumps(p if proof.budget == "passes" else p["student"]["backward"], sort_keys=True) for p in passes}
     if len(counted) != 1:
@@ -348,6 +353,7 @@ def _tune(proof: Proof, name: str, seeds: Sequence[int], trials: _Trials) -> dic
         "test_by_value": {str(value): [row[i]["test"] for row in table] for i, value in enumerate(arm.grid)},
         "seconds": round(sum(r["seconds"] for row in table for r in row), 1),
         "passes": passes[0],
+        **({"also": also} if also else {}),
     }
 
 

@@ -40,7 +40,7 @@ HEAD = """
         with CALLS.open("a") as file:
             file.write(f"{name}/{seed}/{value}\\n")
         validation = -abs(value - 2) if validation is None else validation
-        return Trial(validation, test, {"student": Passes(forward, 10, 100)})
+        return Trial(validation, test, {"student": Passes(forward, 10, 100)}, {"value": value})
 """
 BODY = """
     PROOF = Proof(
@@ -73,6 +73,7 @@ def test_numbers_choices_intervals_and_verdict(own, tmp_path, capsys):
     assert result["seeds"] == [0, 1, 2]
     assert result["arms"] == {"a": [50, 51, 52], "b": pytest.approx([52, 53.2, 54.4])}
     assert result["tuning"]["b"]["chosen"] == [2, 2, 2]
+    assert result["tuning"]["b"]["also"] == {"value": [2, 2, 2]}
     assert result["tuning"]["b"]["test_by_value"]["3"] == pytest.approx([52, 53.3, 54.6])
     assert result["summary"]["a"] == {"mean": 51, "deviation": 1}
     better, reported = result["comparisons"]

@@ -30,6 +30,7 @@ METHODS: Mapping[str, str] = {
     "meal_v2": "limbeck.methods.meal_v2.method:MEALV2",
     "pld": "limbeck.methods.pld.method:PLD",
     "self_distillation": "limbeck.methods.self_distillation.method:SelfDistillation",
+    "sid": "limbeck.methods.sid.method:SiD",
     "ssld": "limbeck.methods.ssld.method:SSLD",
     "swiftbrush": "limbeck.methods.swiftbrush.method:SwiftBrush",
     "tinyclip": "limbeck.methods.tinyclip.method:TinyCLIP",

@@ -75,6 +75,7 @@ def denoising_loss(
     dropout: float = 0.0,
     weight: Weight = epsilon_weight,
     elements: Elements = "mean",
+    guidance: Scale = 1.0,
 ) -> Tensor:
     """The weighted squared error of a role's prediction of samples, mean over the batch; no gradient reaches the samples.
 
@@ -88,11 +89,12 @@ def denoising_loss(
         dropout: Share of samples that get the empty condition.
         weight: Of the squared error of `x_0`, from alpha and sigma.
         elements: Whether a sample's elements are averaged or added up.
+        guidance: Of the prediction that learns.
     """
     schedule = schedule_of(m[role])
     x = x.detach()
     x_t, t = noisy(schedule, draws, role, x, *times)
-    found = m[role](x_t, t=t, condition=dropped(m[role], condition, draws, dropout))
+    found = predicted(m[role], x_t, t, dropped(m[role], condition, draws, dropout), guidance)
     factor = weight(*schedule.factors(t, x))
     return per_sample(factor * (found - x).square(), elements).mean()
 

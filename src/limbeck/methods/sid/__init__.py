@@ -1,0 +1,1 @@
+"""Few-step score identity distillation."""

@@ -1,0 +1,192 @@
+"""A diffusion model made a generator of one or a few steps, by the gap of two scores and the identity that ties them."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from limbeck.convert.slicing import Slice
+from limbeck.convert.steps import ToSampler
+from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
+from limbeck.core.method import Method
+from limbeck.core.optim import Ema
+from limbeck.core.roles import Roles, find
+from limbeck.core.stages import Convert, Stage, Train
+from limbeck.core.update import Update
+from limbeck.diffusion.draws import Draws
+from limbeck.diffusion.objectives import per_sample, sid_loss
+from limbeck.diffusion.sampling import Noise, few_step
+from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss, noisy, predicted, schedule_of
+from limbeck.methods.checks import check_field
+
+LIMIT = 10.0  # of the discriminator's scores, as in the authors' code
+
+
+@dataclass(frozen=True)
+class SiD(Method):
+    """Few-step score identity distillation (Zhou et al. 2024; its form of several steps 2025).
+
+    `L = w (D_teacher - D_fake) [(D_teacher - x) - alpha (D_teacher - D_fake)]` on the student's samples x with noise: with an
+    exact `fake`, `1 - alpha` times the squared gap of the two, and for alpha = 1 a loss of 0 whose gradient is not. Gradients
+    go through both networks. A number k of steps is drawn for every step of the training, gradients go through the k-th, and
+    teacher and `fake` see the mixture of all of them, so that no step needs a `fake` of its own. `fake` is updated first.
+
+    Args:
+        steps: K, of the student.
+        start: The share of the schedule at which its first step is; the others follow at even distances.
+        noise: What a step adds to the sample of the one before: `fresh`, `fixed` or `ddim`.
+        alpha: 0.5 to 1.2.
+        guidance: Of the teacher.
+        fake_guidance: Of `fake` where the student learns; None for the teacher's, which is long guidance (LSG). With a teacher
+            of 1, 0 is Zero-CFG and -1 Anti-CFG (the value is inferred).
+        train_guidance: Of `fake` where it learns itself; None for `fake_guidance`.
+        weight: Of the loss: `gap`, over the mean distance to the teacher's prediction of each sample, or `flow`, `1 - sigma`.
+        times: Between which shares of the schedule the student is judged.
+        fake_times: Between which `fake` learns.
+        dropout: Share of samples for which `fake` is told nothing, where it is guided at all.
+        gan_weight: Of an adversarial term; with it the data are real samples, and noise is drawn for them. The discriminator is
+            the mean over channels of what a part of `fake` gives.
+        discriminator: Path of that part in `fake`, such as `net.mid_block`.
+        gan_start: The share of the training after which the student sees the term.
+        ema: Decay of an average of the student, the role `student_average`; 0 for none.
+
+    Example:
+        >>> from limbeck.diffusion import Denoiser, RectifiedFlow, Sampler
+        >>> from limbeck.nn.time_mlp import TimeMLP
+        >>> net = lambda: Denoiser(TimeMLP(2, 8), RectifiedFlow(), "flow_prediction")
+        >>> m = Roles(teacher=net(), student=Sampler(net(), (1.0, 0.5)), fake=net())
+        >>> [update.role for update in SiD(steps=2).step(m, Batch(x=torch.randn(4, 2), id=torch.arange(4)))]
+        ['fake', 'student']
+    """
+
+    trains: ClassVar[tuple[str, ...]] = ("student",)
+    makes: ClassVar[tuple[str, ...]] = ("fake",)
+    logits: ClassVar[tuple[str, ...]] = ()
+
+    steps: int = 4
+    start: float = 1.0
+    noise: Noise = "fresh"
+    alpha: float = 1.0
+    guidance: float = 1.0
+    fake_guidance: float | None = None
+    train_guidance: float | None = None
+    weight: Literal["gap", "flow"] = "gap"
+    times: tuple[float, float] = (0.02, 0.98)
+    fake_times: tuple[float, float] = (0.001, 1.0)
+    dropout: float = 0.1
+    gan_weight: float = 0.0
+    discriminator: str = ""
+    gan_start: float = 0.0
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_field("steps", self.steps, self.steps >= 1, "1 or more")
+        check_field("start", self.start, 0 < self.start <= 1, "in (0, 1]")
+        check_field("noise", self.noise, self.noise in ("fresh", "fixed", "ddim"), "fresh | fixed | ddim")
+        check_field("alpha", self.alpha, 0 <= self.alpha <= 1.2, "in [0, 1.2]")
+        check_field("weight", self.weight, self.weight in ("gap", "flow"), "gap | flow")
+        for name in ("times", "fake_times"):
+            low, high = getattr(self, name)
+            check_field(name, (low, high), 0 < low < high <= 1, "0 < from < to <= 1")
+        for name in ("dropout", "gan_start", "ema"):
+            check_field(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
+        check_field("gan_weight", self.gan_weight, self.gan_weight >= 0, "0 or more")
+        told = not self.gan_weight or bool(self.discriminator)
+        check_field("discriminator", self.discriminator, told, "the path of a part of fake, for gan_weight above 0")
+
+    def check(self, m: Roles, batch: Batch) -> None:
+        """Teacher and student are denoisers of one schedule and of samples of one shape."""
+        check_denoisers(m, "teacher", "student", "fake")
+        check_follower(m)
+        with torch.no_grad():
+            found = m.student(batch.x, condition=batch.get("y")).shape
+        if found != batch.x.shape:
+            raise UsageError(
+                "the student makes other samples than noise is given", where="roles.student", found=list(found),
+                expected=list(batch.x.shape),
+            )  # fmt: skip
+        if self.gan_weight:
+            find(m["fake" if "fake" in m else "teacher"].module, self.discriminator, "fake")
+
+    def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
+        """A copy of the teacher that follows the student, steps for the student, then both in turns."""
+        if "fake" not in m:
+            yield Convert("fake", Slice({}), of="teacher", name="copy the teacher")
+        schedule = schedule_of(m.student)
+        times = schedule.at(self.start * (1 - torch.arange(self.steps) / self.steps))
+        yield Convert("student", ToSampler(times.tolist(), self.noise), name=f"{self.steps} steps")
+        average = {"student_average": Ema("student", self.ema)} if self.ema else {}
+        yield Train(self.step, roles={"student": None, "fake": None}, frozen=self.frozen, data=data.train, ema=average)
+
+    def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
+        """One update of what follows the student, and one of the student."""
+        draws, condition = Draws(m, batch), batch.get("y")
+        with torch.no_grad():
+            x = self.generate(m, draws, batch, "fake")
+        loss = denoising_loss(
+            m, "fake", draws, x, condition, times=self.fake_times, dropout=self.dropout, guidance=self._scale("train"),
+            weight=_flow if self.weight == "flow" else _epsilon,
+        )  # fmt: skip
+        if self.gan_weight:
+            loss = loss + self.discriminate(m, draws, batch, x)
+        yield Update("fake", loss)
+        yield self.improve(m, draws, batch)
+
+    def improve(self, m: Roles, draws: Draws, batch: Batch) -> Update:
+        """The student's update."""
+        schedule, condition = schedule_of(m.teacher), batch.get("y")
+        x = self.generate(m, draws, batch, "student")
+        x_t, t = noisy(schedule, draws, "student", x, *self.times)
+        real = predicted(m.teacher, x_t, t, condition, self.guidance)
+        fake = predicted(m.fake, x_t, t, condition, self._scale("fake"))
+        weight = None if self.weight == "gap" else 1 - schedule.factors(t, x)[1].view(-1)
+        loss = sid_loss(x, real, fake, self.alpha, weight)
+        gap = per_sample((real - fake).detach().square()).sqrt().mean()
+        if self.gan_weight and m.progress >= self.gan_start:
+            share = 1 / per_sample((x - real).abs()).detach().clamp_min(1e-5) if weight is None else weight
+            fooled = F.softplus(-self.scores(m, x_t, t, condition)) * x[0].numel()
+            loss = loss + self.gan_weight * (share * per_sample(fooled)).mean()
+        return Update("student", loss, logs={"gap": gap})
+
+    def generate(self, m: Roles, draws: Draws, batch: Batch, name: str) -> Tensor:
+        """The student's samples after k of its steps, k drawn for all; the gradient goes through the last of them."""
+        z = draws.normal(f"{name} noise", batch.x) if self.gan_weight or name == "fake" else batch.x
+        k = 1 + int(self.steps * draws.once("steps"))
+        times: Any = getattr(m.student.module, "times", torch.tensor([schedule_of(m.student).last]))
+        return few_step(
+            m.student, z, schedule_of(m.student), times, batch.get("y"), self.noise,
+            fresh=lambda i: draws.normal(f"{name} step {i}", z), upto=min(k, len(times)),
+        )  # fmt: skip
+
+    def discriminate(self, m: Roles, draws: Draws, batch: Batch, x: Tensor) -> Tensor:
+        """Real and generated samples told apart, with the same noise at the same times."""
+        schedule, condition = schedule_of(m.teacher), batch.get("y")
+        fake, t = noisy(schedule, draws, "discriminator", x, *self.times)
+        real, _ = noisy(schedule, draws, "discriminator", batch.x, *self.times)
+        high, low = (self.scores(m, x_t, t, condition) for x_t in (real, fake))
+        return (F.softplus(-high).mean() + F.softplus(low).mean()) / 2
+
+    def scores(self, m: Roles, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
+        """The discriminator's scores `[B, ...]`."""
+        _, taps = m.fake.features(x_t, self.discriminator, t=t, condition=condition)
+        return taps[self.discriminator].mean(1, keepdim=True).clamp(-LIMIT, LIMIT)
+
+    def _scale(self, where: str) -> float:
+        fake = self.guidance if self.fake_guidance is None else self.fake_guidance
+        return fake if where == "fake" or self.train_guidance is None else self.train_guidance
+
+
+def _epsilon(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The error of the noise, at most 10^4 times that of the sample."""
+    return ((alpha / sigma) ** 2).clamp(max=1e4)
+
+
+def _flow(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The error of the velocity, `(x_t - x_0) / sigma`."""
+    return (1 / sigma**2).clamp(max=1e4)
