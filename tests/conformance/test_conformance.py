@@ -212,7 +212,11 @@ def test_the_student_is_saved_and_loaded(name, tmp_path):
     save_student(tmp_path, student, lineage["records"])
     loaded = load_student(tmp_path, CASES[name].roles()[lineage["base"]].module, trust=True)
     x = None if isinstance(student, Condensed) else CASES[name].data().train.batch(torch.arange(8), 0).x
-    assert torch.equal(Role("loaded", loaded)(x), Role("student", student)(x))
+    outputs = []
+    for role in (Role("loaded", loaded), Role("student", student)):
+        torch.manual_seed(0)  # of noise between the steps of a sampler
+        outputs.append(role(x))
+    assert torch.equal(*outputs)
 
 
 def test_a_converted_and_trained_student_is_exported(tmp_path):

@@ -50,9 +50,12 @@ def drawn(seed: int, kind: str) -> TensorSource:
 
 def denoise(m: Roles, batch: Batch) -> Update:
     """What a network is trained by first: the velocity at samples with noise."""
-    return Update(
-        "student", denoising_loss(m, "student", Draws(m, batch), batch.x, batch.get("y"), dropout=0.1, **weight)
-    )
+    loss = denoising_loss(m, "student", Draws(m, batch), batch.x, batch.get("y"), dropout=0.1, weight=_velocity)
+    return Update("student", loss)
+
+
+def _velocity(alpha: Tensor, sigma: Tensor) -> Tensor:
+    return (1 / sigma**2).clamp(max=100.0)
 
 
 @lru_cache(maxsize=4)

@@ -97,8 +97,6 @@ class SiD(Method):
         for name in ("dropout", "gan_start", "ema"):
             check_field(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
         check_field("gan_weight", self.gan_weight, self.gan_weight >= 0, "0 or more")
-        told = not self.gan_weight or bool(self.discriminator)
-        check_field("discriminator", self.discriminator, told, "the path of a part of fake, for gan_weight above 0")
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Teacher and student are denoisers of one schedule and of samples of one shape."""
@@ -112,6 +110,8 @@ class SiD(Method):
                 expected=list(batch.x.shape),
             )  # fmt: skip
         if self.gan_weight:
+            told = bool(self.discriminator)
+            check_field("discriminator", self.discriminator, told, "the path of a part of fake, for gan_weight above 0")
             find(m["fake" if "fake" in m else "teacher"].module, self.discriminator, "fake")
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
