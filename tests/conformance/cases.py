@@ -210,6 +210,12 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "data": noise,
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
     },
+    "phased_dmd": {
+        "method": lambda: registry.find("phased_dmd")(steps=4, phases=2, guidance=2.0, fake_steps=2),
+        "roles": denoisers,
+        "data": noise,
+        "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
+    },
     "tinyclip": {
         "method": lambda: registry.find("tinyclip")(sparsity=(0.3,), mask_lr=0.5, mask_share=0.5),
         "roles": encoders,
