@@ -209,4 +209,3 @@ class PhasedDMD(Method):
         t = schedule.at(shifted(share, self.shift)).to(x.device)
         noise = draws.normal(f"{name} noise of phase {phase.index}", x)
         return add_more_noise(schedule, x.detach(), noise, phase.end, t), t, noise
-
