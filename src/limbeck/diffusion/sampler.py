@@ -73,7 +73,7 @@ class Sampler(nn.Module):
     def forward(
         self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None, expert: int | None = None
     ) -> Tensor:
-        """`x_0` at times `[B]`, of one of the `Experts` where it is named; without times samples of the noise `x_t` `[B, ...]`."""
+        """`x_0` at times `[B]`, by one expert where it is named; without them samples, made of the noise `x_t` in all steps."""
         if t is not None:
             chosen = {} if expert is None else {"expert": expert}
             return self.denoiser(x_t, t=t, condition=condition, **chosen)

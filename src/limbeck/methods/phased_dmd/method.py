@@ -62,7 +62,8 @@ class PhasedDMD(Method):
         shift: Moves the times of steps and noise towards noise: 5 for Wan, 3 for Qwen-Image.
         guidance: Of the teacher; the paper does not tell what it trained with, and samples its teacher with 4.
         fake_steps: Updates of `fake` for one of the student.
-        weight: Of the gradient: `kl`, as above, or `dmd`, over the distance to the teacher's prediction (inferred for `t_k` above 0).
+        weight: Of the gradient: `kl`, as above, or `dmd`, over the distance to the teacher's
+            prediction (inferred for `t_k` above 0).
         target: Of `fake`; `biased` takes samples at `t_k` for clean ones, to compare with.
         clamp: The most that the loss of `fake` is divided by `sigma_{t|t_k}^2`.
         nested: Whether phase k is judged from `t_k` up to the end; False: up to `t_{k-1}`, which the paper found worse.
@@ -130,7 +131,7 @@ class PhasedDMD(Method):
             origin = "fake_at_first"
             yield Convert(origin, Slice({}), of="fake", name="keep what follows as it was")
         phases = self.plan(schedule_of(m.student))
-        for conversion in self.experts(m):
+        for conversion in self.experts(m):  # noqa: UP028  the engine sends answers
             yield conversion
         for phase in phases:
             yield Convert("student", Focus(phase.index), name=f"expert {phase.index + 1} learns")
