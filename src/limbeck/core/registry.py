@@ -27,6 +27,7 @@ METHODS: Mapping[str, str] = {
     "kd": "limbeck.methods.kd.method:KD",
     "kd3": "limbeck.methods.kd3.method:KD3",
     "lelp": "limbeck.methods.lelp.method:LELP",
+    "mdt_dist": "limbeck.methods.mdt_dist.method:MDTDist",
     "meal_v2": "limbeck.methods.meal_v2.method:MEALV2",
     "phased_dmd": "limbeck.methods.phased_dmd.method:PhasedDMD",
     "pld": "limbeck.methods.pld.method:PLD",

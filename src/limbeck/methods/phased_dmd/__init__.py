@@ -1,1 +1,1 @@
-"""SwiftBrush: one-step generation by variational score distillation (Nguyen and Tran 2024)."""
+"""Phased DMD: few-step distribution matching with an expert for each phase (Fan et al. 2025)."""

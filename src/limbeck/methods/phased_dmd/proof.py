@@ -2,7 +2,6 @@
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from limbeck.convert.steps import ToExperts
@@ -13,7 +12,7 @@ from limbeck.data.noise import Noise
 from limbeck.diffusion import Sampler
 from limbeck.methods.mixture_proof import begun, coverage, distance, truth
 from limbeck.methods.phased_dmd.method import PhasedDMD
-from limbeck.prove import Arm, Comparison, Proof, Trial, fit
+from limbeck.prove import Trial, fit
 
 STEPS, BATCH, RATES, KIND = 2400, 128, (3e-4, 1e-3, 3e-3), "grid"
 METHOD = PhasedDMD(guidance=1.0, fake_steps=4)
