@@ -73,7 +73,7 @@ PROOF = Proof(
     claim="Four steps in two phases, an expert for each, matched at its own noise level, end nearer to the teacher's "
     "distribution than four steps of which a random one is the last, with two experts too (Fan et al. 2025)",
     task="25 Gaussians on a grid, each weight 0.9 of the one before, the teacher exact; networks of 3 x 64 trained on samples "
-    f"of it before; {STEPS // 4} updates of the student and {STEPS} of the network that follows it, of {BATCH}, all phases together",
+    f"of it before; {STEPS // 4} updates of the student and {STEPS} of what follows it, of {BATCH}, all phases together",
     metric="energy distance to the mixture, times 100, after all steps",
     arms={
         "one step": Arm(partial(alone, replace(METHOD, steps=1, phases=1)), "lr", RATES),
