@@ -19,6 +19,8 @@ from limbeck.core.method import updates
 from limbeck.core.stages import Stage
 from limbeck.data import Data, TensorSource
 from limbeck.data.condensed import from_source
+from limbeck.data.condensed_graphs import empty
+from limbeck.data.graphs import motifs
 from limbeck.data.noise import Noise
 from limbeck.data.procedural import shapes
 from limbeck.diffusion import Denoiser, RectifiedFlow
@@ -241,6 +243,11 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "roles": condensed,
         "optim": Optim("sgd", lr=1.0, momentum=0.5),
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
+    },
+    "mirage": {
+        "roles": lambda: Roles(student=empty()),
+        "data": lambda: Data(train=motifs(40)),
+        "exceptions": dict.fromkeys(("falls", "own_loop", "no_wait", "other_seed"), UNTRAINED),
     },
     "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}},
     "kd3": {

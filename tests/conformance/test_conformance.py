@@ -21,6 +21,7 @@ from limbeck.core.method import updates
 from limbeck.core.recipe import Recipe
 from limbeck.core.roles import Role
 from limbeck.data.condensed import Condensed
+from limbeck.data.condensed_graphs import CondensedGraphs
 from limbeck.engine.checkpoint import Checkpoints
 from limbeck.engine.run import execute
 from limbeck.export.onnx import to_onnx
@@ -211,7 +212,11 @@ def test_the_student_is_saved_and_loaded(name, tmp_path):
     student, lineage = student_of(name)
     save_student(tmp_path, student, lineage["records"])
     loaded = load_student(tmp_path, CASES[name].roles()[lineage["base"]].module, trust=True)
-    x = None if isinstance(student, Condensed) else CASES[name].data().train.batch(torch.arange(8), 0).x
+    x = (
+        None
+        if isinstance(student, Condensed | CondensedGraphs)
+        else CASES[name].data().train.batch(torch.arange(8), 0).x
+    )
     outputs = []
     for role in (Role("loaded", loaded), Role("student", student)):
         torch.manual_seed(0)  # of noise between the steps of a sampler

@@ -28,6 +28,7 @@ METHODS: Mapping[str, str] = {
     "kd3": "limbeck.methods.kd3.method:KD3",
     "lelp": "limbeck.methods.lelp.method:LELP",
     "meal_v2": "limbeck.methods.meal_v2.method:MEALV2",
+    "mirage": "limbeck.methods.mirage.method:Mirage",
     "pld": "limbeck.methods.pld.method:PLD",
     "self_distillation": "limbeck.methods.self_distillation.method:SelfDistillation",
     "sid": "limbeck.methods.sid.method:SiD",

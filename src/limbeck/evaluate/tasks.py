@@ -13,6 +13,7 @@ from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
 from limbeck.data.condensed import Condensed
+from limbeck.data.condensed_graphs import CondensedGraphs
 from limbeck.data.image_text import ImageText
 from limbeck.data.language import TokenBlocks
 from limbeck.data.noise import Noise
@@ -248,6 +249,10 @@ def evaluator(
         return None
     if generates(student):
         return Generation(source, batch_size)
+    if isinstance(student, CondensedGraphs):
+        from limbeck.evaluate.graphs import GraphCondensation
+
+        return GraphCondensation(source)  # type: ignore[arg-type]
     if isinstance(student, Condensed):
         return Condensation(source, batch_size)
     if isinstance(source, ImageText):
