@@ -28,6 +28,7 @@ from limbeck.engine.run import Result, execute
 from limbeck.methods.tinyclip.proof import clip
 from limbeck.nn.mlp import mlp
 from limbeck.nn.time_mlp import TimeMLP
+from limbeck.nn.vae import TableVAE
 from limbeck.prove import seeded
 from limbeck.teachers import Ensemble
 
@@ -162,6 +163,21 @@ def condensed() -> Roles:
     return Roles(teacher=seeded(0, lambda: mlp(INPUTS, 8, CLASSES)), student=from_source(data().train, 3))
 
 
+def tables() -> Roles:
+    """A model of rows of three columns, and a smaller one."""
+
+    def model(hidden: int) -> nn.Module:
+        return TableVAE((2, 3, 2), 2, latent=3, hidden=hidden, decoder_hidden=8)
+
+    return Roles(teacher=seeded(0, lambda: model(16)), student=seeded(1, lambda: model(4)))
+
+
+def rows_of_tables() -> Data:
+    """72 such rows of two groups."""
+    x = tables().teacher.module.one_hot(torch.stack([torch.arange(72) % n for n in (2, 3, 2)], 1))
+    return Data(train=TensorSource(x, (torch.arange(72) // 3) % 2, torch.arange(72)))
+
+
 def encoders() -> Roles:
     """A small CLIP, and a copy of it."""
     return Roles(teacher=seeded(0, clip), student=seeded(0, clip))
@@ -248,6 +264,13 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "roles": lambda: Roles(student=empty()),
         "data": lambda: Data(train=motifs(40)),
         "exceptions": dict.fromkeys(("falls", "own_loop", "no_wait", "other_seed"), UNTRAINED),
+    },
+    "fair_latent": {
+        "method": lambda: registry.find("fair_latent")(teach_steps=16),
+        "roles": tables,
+        "data": rows_of_tables,
+        "optim": Optim("sgd", lr=0.05),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "micro_batches": BATCH_WIDE, "processes": BATCH_WIDE},
     },
     "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}},
     "kd3": {

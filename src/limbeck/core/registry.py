@@ -23,6 +23,7 @@ METHODS: Mapping[str, str] = {
     "distill_nearest": "limbeck.methods.distill_nearest.method:DistillNearest",
     "distill_weighted": "limbeck.methods.distill_weighted.method:DistillWeighted",
     "embedding": "limbeck.methods.embedding.method:Embedding",
+    "fair_latent": "limbeck.methods.fair_latent.method:FairLatent",
     "ftd": "limbeck.methods.ftd.method:FTD",
     "kd": "limbeck.methods.kd.method:KD",
     "kd3": "limbeck.methods.kd3.method:KD3",

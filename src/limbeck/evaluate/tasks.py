@@ -20,9 +20,11 @@ from limbeck.data.noise import Noise
 from limbeck.evaluate import metrics
 from limbeck.evaluate.condensation import Condensation
 from limbeck.evaluate.cost import evaluating
+from limbeck.evaluate.fairness import FairTable
 from limbeck.evaluate.generation import Generation, generates
 from limbeck.losses import kl
 from limbeck.losses.tokens import IGNORE, next_tokens
+from limbeck.nn.vae import TableVAE
 
 _TEXTS = 1000  # texts that similarity and retrieval look at, evenly spaced: all are compared with all
 
@@ -253,6 +255,8 @@ def evaluator(
         from limbeck.evaluate.graphs import GraphCondensation
 
         return GraphCondensation(source)  # type: ignore[arg-type]
+    if isinstance(student, TableVAE):
+        return FairTable(source)
     if isinstance(student, Condensed):
         return Condensation(source, batch_size)
     if isinstance(source, ImageText):

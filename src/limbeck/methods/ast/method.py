@@ -20,7 +20,7 @@ from limbeck.core.stages import Collect, Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.data.condensed import Become, Condensed
 from limbeck.data.coresets import medoids
-from limbeck.data.ids import normals
+from limbeck.data.ids import mix, normals
 from limbeck.evaluate.condensation import whole
 from limbeck.methods.checks import check_field
 from limbeck.optim.unroll import Form, call_flat
@@ -208,7 +208,7 @@ def perturb(weights: Tensor, key: Tensor, shapes: list[torch.Size], size: float)
     found = []
     for i, (part, shape) in enumerate(zip(weights.split([s.numel() for s in shapes]), shapes, strict=True)):
         if len(shape) == 4:
-            noise = normals(key + i, shape.numel())[0].to(part)
+            noise = normals(mix(key + i), shape.numel())[0].to(part)
             part = part + size * noise / noise.norm() * part
         found.append(part)
     return torch.cat(found)

@@ -92,7 +92,8 @@ def run(how: str, seed: int, lr: float) -> Trial:
 PROOF = Proof(
     claim="A few frequent sets of computation trees train any network of message passing nearly as well as all graphs, and "
     "better than whole graphs of the same size (Gupta et al. 2024)",
-    task="300 drawn graphs of 2 classes, each a chain with branches and a motif of its class, a tenth of the classes wrong; depth 2, a "
+    task="300 drawn graphs of 2 classes, each a chain with branches and a motif of its class, a tenth of the "
+    "classes wrong; depth 2, a "
     f"quarter of a class; GIN, GraphSAGE and GAT of 2 x 32 units, {STEPS} steps of 32, mean readout",
     metric="area under the ROC curve (%), mean over three kinds of networks",
     arms={
