@@ -21,16 +21,24 @@ CIFAR = f"{RECIPES / 'cifar.py'}:resnet20"
 MODELS = """
 import timm
 
+from limbeck.nn.convnet import ConvNet
+
 def resnet(num_classes):
     return timm.create_model("test_resnet", num_classes=num_classes)
 
 def mobilenet(num_classes):
     return timm.create_model("mobilenetv3_small_050", num_classes=num_classes)
 
+def convnet(num_classes):
+    return ConvNet(num_classes, 3, 32, width=4)
+
 def vit():
     return timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8)
 """
+EXPERTS = {"method.experts": 2, "method.epochs": 4, "method.starts": 2, "method.student_steps": 3}
 SMALL: dict[str, dict[str, Any]] = {
+    "ast-cifar10": {"teacher": "convnet", "student": "condensed:2"} | EXPERTS,
+    "ftd-cifar10": {"teacher": "convnet", "student": "condensed:2"} | EXPERTS,
     "deps-mobilenetv3": {"student": "mobilenet", "engine.steps": 4},
     "deps-resnet50": {"student": "resnet", "engine.steps": 4},
     "distill-weighted-timm": {"teacher": ["resnet", "mobilenet"], "student": "mobilenet"},
