@@ -38,7 +38,9 @@ def interpolate(a: nn.Module, b: nn.Module, share: float) -> nn.Module:
         raise UsageError("the share is out of range", where="share", found=share, expected="in [0, 1]")
     first, second = a.state_dict(), b.state_dict()
     if odd := sorted(first.keys() ^ second.keys()):
-        raise UsageError("the models have different tensors", where="interpolate", found=odd[0], expected="one structure")
+        raise UsageError(
+            "the models have different tensors", where="interpolate", found=odd[0], expected="one structure"
+        )
     for name, tensor in first.items():
         if tensor.shape != second[name].shape or tensor.dtype != second[name].dtype:
             raise UsageError(

@@ -13,7 +13,9 @@ from limbeck.core.adapt import call, main_output
 Prompt = Mapping[str, Tensor]
 
 
-def inputs(model: nn.Module, prompt: Prompt, tokens: Tensor | None = None, mask: Tensor | None = None) -> dict[str, Tensor]:
+def inputs(
+    model: nn.Module, prompt: Prompt, tokens: Tensor | None = None, mask: Tensor | None = None
+) -> dict[str, Tensor]:
     """What a model is called with: prompts, padded on the left, and tokens after them.
 
     Args:
