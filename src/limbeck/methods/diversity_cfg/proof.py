@@ -147,7 +147,8 @@ def each(made: list[Table]) -> Front:
 
 PROOF = Proof(
     claim="Two students, of guidance distilled with and without a reward for diversity, and models between their weights give "
-    "more quality and diversity than sampling hotter, guiding less or training a student for each trade-off (Cideron et al. 2024)",
+    "more quality and diversity than sampling hotter, guiding less or training a student for each trade-off "
+    "(Cideron et al. 2024)",
     task=f"bigram tables of {VOCABULARY} tokens, {COUNT} prompts, texts of {LENGTH}; quality: the share of texts that a grammar "
     f"allows; diversity: 1 - cos of bags of tokens, both exact; {STEPS} steps in all for {POINTS} points; rates chosen on 6 "
     "prompts, reported on the other 6",
