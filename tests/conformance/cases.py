@@ -25,6 +25,7 @@ from limbeck.data.noise import Noise
 from limbeck.data.procedural import shapes
 from limbeck.diffusion import Denoiser, RectifiedFlow
 from limbeck.engine.run import Result, execute
+from limbeck.methods.diversity_cfg.proof import Bag, Table, prompts
 from limbeck.methods.tinyclip.proof import clip
 from limbeck.nn.mlp import mlp
 from limbeck.nn.time_mlp import TimeMLP
@@ -221,6 +222,12 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "roles": denoisers,
         "data": noise,
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
+    },
+    "diversity_cfg": {
+        "method": lambda: registry.find("diversity_cfg")(beta=2.0, length=3, end=7),
+        "roles": lambda: Roles(teacher=Table(0), student=Table(1), embedder=Bag()),
+        "data": lambda: Data(train=prompts(72)),
+        "exceptions": {"falls": SURROGATE},
     },
     "sid": {
         "method": lambda: registry.find("sid")(steps=3, guidance=2.0, fake_guidance=1.0, ema=0.5),

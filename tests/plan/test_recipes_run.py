@@ -56,6 +56,7 @@ TEXTS = {
     "lelp-minilm-sst2": "has a test of its own below",
     "cast-gpt2": "has a test of its own below",
     "tinyclip-vit-b32": "has a test of its own below",
+    "diversity-cfg-gpt2": "has a test of its own below",
     "sid-sd21": "has a test of its own below",
     "swiftbrush-sd21": "has a test of its own below",
     "vsd-sd21-images": "has a test of its own below",
@@ -253,3 +254,28 @@ def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monk
             assert loaded(batch.x, condition=batch.y).equal(
                 result.roles.student.module.eval()(batch.x, condition=batch.y)
             )
+
+
+def test_the_recipe_of_prompts_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(RECIPES)
+    (tmp_path / "small.py").write_text(
+        "import torch\nfrom gpt2_prompts import Data, GPT2Config, GPT2LMHeadModel, Prompts\n\n\ndef gpt2():\n"
+        "    torch.manual_seed(0)\n"
+        "    sizes = {'vocab_size': 64, 'n_embd': 32, 'n_layer': 2, 'n_head': 2, 'n_positions': 32, 'bos_token_id': 0}\n"
+        "    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))\n\n\n"
+        "def prompts():\n    tokens = torch.tensor([[0, 5], [6, 7]]).repeat(8, 1)\n"
+        "    return Data(train=Prompts(tokens, torch.tensor([9, 9, 9]), (tokens != 0).long()))\n"
+    )
+    given = {
+        "teacher": f"{tmp_path / 'small.py'}:gpt2", "data": f"{tmp_path / 'small.py'}:prompts", "method.length": 6,
+        "method.end": 3, "engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu",
+        "engine.precision": "fp32", "optim.student.warmup": 0, "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
+    job = build(Recipe.load(RECIPES / "diversity-cfg-gpt2.yaml", overrides))
+    before = {role: [p.clone() for p in job.roles[role].parameters()] for role in ("teacher", "student")}
+    result = run(job, progress="off")
+    after = {role: list(result.roles[role].parameters()) for role in ("teacher", "student")}
+    assert all(torch.equal(a, b) for a, b in zip(before["teacher"], after["teacher"], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before["student"], after["student"], strict=True))

@@ -22,6 +22,7 @@ METHODS: Mapping[str, str] = {
     "deps": "limbeck.methods.deps.method:DepS",
     "distill_nearest": "limbeck.methods.distill_nearest.method:DistillNearest",
     "distill_weighted": "limbeck.methods.distill_weighted.method:DistillWeighted",
+    "diversity_cfg": "limbeck.methods.diversity_cfg.method:DiversityCFG",
     "embedding": "limbeck.methods.embedding.method:Embedding",
     "fair_latent": "limbeck.methods.fair_latent.method:FairLatent",
     "ftd": "limbeck.methods.ftd.method:FTD",
