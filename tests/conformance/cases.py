@@ -210,6 +210,12 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "data": noise,
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
     },
+    "snoopi": {
+        "method": lambda: registry.find("snoopi")(ema=0.5),
+        "roles": denoisers,
+        "data": noise,
+        "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
+    },
     "tinyclip": {
         "method": lambda: registry.find("tinyclip")(sparsity=(0.3,), mask_lr=0.5, mask_share=0.5),
         "roles": encoders,

@@ -31,6 +31,7 @@ METHODS: Mapping[str, str] = {
     "pld": "limbeck.methods.pld.method:PLD",
     "self_distillation": "limbeck.methods.self_distillation.method:SelfDistillation",
     "sid": "limbeck.methods.sid.method:SiD",
+    "snoopi": "limbeck.methods.snoopi.method:SNOOPI",
     "ssld": "limbeck.methods.ssld.method:SSLD",
     "swiftbrush": "limbeck.methods.swiftbrush.method:SwiftBrush",
     "tinyclip": "limbeck.methods.tinyclip.method:TinyCLIP",
