@@ -27,6 +27,7 @@ METHODS: Mapping[str, str] = {
     "kd": "limbeck.methods.kd.method:KD",
     "kd3": "limbeck.methods.kd3.method:KD3",
     "lelp": "limbeck.methods.lelp.method:LELP",
+    "mcm": "limbeck.methods.mcm.method:MCM",
     "meal_v2": "limbeck.methods.meal_v2.method:MEALV2",
     "pld": "limbeck.methods.pld.method:PLD",
     "self_distillation": "limbeck.methods.self_distillation.method:SelfDistillation",
