@@ -228,7 +228,7 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
     },
     "mcm": {
-        "method": lambda: registry.find("mcm")(frames=1, lora=2, penalty=0.1, huber=0.1),
+        "method": lambda: registry.find("mcm")(frames=1, lora=2, penalty=0.1),
         "roles": clip_denoisers,
         "data": clips,
         "optim": Optim("sgd", lr=0.01),
@@ -302,7 +302,7 @@ CASES = METHODS | TOYS
 
 
 def run(case: Case, out: Path | None = None, **engine: Any) -> Result:
-    optim = dict.fromkeys(("student", "critic", "generator", "fake"), case.optim)
+    optim = dict.fromkeys(("student", "critic", "generator", "fake", "discriminator", "head"), case.optim)
     return execute(case.method(), case.roles(), case.data(), replace(ENGINE, **engine), optim=optim, out=out)
 
 
