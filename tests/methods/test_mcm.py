@@ -374,7 +374,7 @@ def test_a_discriminator_pulls_the_looks_and_differences_keep_the_motion():
     with torch.no_grad():
         x = m.student(drawn(500, 4, 3, seed=7))
     assert x.mean() > 0.7
-    assert x.diff(dim=1).std() == pytest.approx(0.3 * 2**0.5, rel=0.4)
+    assert 0.2 < x.diff(dim=1).std() < 0.6  # 0.42 in the clips
 
 
 # Parts.
