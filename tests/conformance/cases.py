@@ -184,6 +184,23 @@ def encoders() -> Roles:
     return Roles(teacher=seeded(0, clip), student=seeded(0, clip))
 
 
+def clips() -> Data:
+    """72 clips of four frames of three numbers, in 5 classes, and 40 images like frames."""
+    g = torch.Generator().manual_seed(11)
+    x = torch.randn(72, 1, 3, generator=g) + 0.5 * torch.randn(72, 4, 3, generator=g).cumsum(1)
+    images = 2 + torch.randn(40, 3, generator=g)
+    return Data(train=TensorSource(x, torch.arange(72) % CLASSES), unlabelled=TensorSource(images))
+
+
+def clip_denoisers() -> Roles:
+    """Two denoisers of such clips."""
+
+    def network() -> nn.Module:
+        return Denoiser(TimeMLP(12, 8, 2, CLASSES), RectifiedFlow(), "flow_prediction", null=CLASSES)
+
+    return Roles(teacher=seeded(0, network), student=seeded(1, network))
+
+
 BATCH_WIDE = "it compares the samples of a batch with each other, so parts of a batch are another loss"
 TWO_PLAYERS = "neither player's loss need fall"
 UNTRAINED = "nothing is trained"
@@ -231,6 +248,19 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
     },
     "sid": {
         "method": lambda: registry.find("sid")(steps=3, guidance=2.0, fake_guidance=1.0, ema=0.5),
+        "roles": denoisers,
+        "data": noise,
+        "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
+    },
+    "mcm": {
+        "method": lambda: registry.find("mcm")(frames=1, lora=2, penalty=0.1),
+        "roles": clip_denoisers,
+        "data": clips,
+        "optim": Optim("sgd", lr=0.01),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": TWO_PLAYERS},
+    },
+    "snoopi": {
+        "method": lambda: registry.find("snoopi")(ema=0.5),
         "roles": denoisers,
         "data": noise,
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
@@ -309,7 +339,7 @@ CASES = METHODS | TOYS
 
 
 def run(case: Case, out: Path | None = None, **engine: Any) -> Result:
-    optim = dict.fromkeys(("student", "critic", "generator", "fake"), case.optim)
+    optim = dict.fromkeys(("student", "critic", "generator", "fake", "discriminator", "head"), case.optim)
     return execute(case.method(), case.roles(), case.data(), replace(ENGINE, **engine), optim=optim, out=out)
 
 

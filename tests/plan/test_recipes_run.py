@@ -59,6 +59,8 @@ TEXTS = {
     "diversity-cfg-gpt2": "has a test of its own below",
     "sid-sd21": "has a test of its own below",
     "swiftbrush-sd21": "has a test of its own below",
+    "snoopi-sd21": "has a test of its own below",
+    "mcm-modelscope": "has a test of its own below",
     "vsd-sd21-images": "has a test of its own below",
 }
 
@@ -279,3 +281,89 @@ def test_the_recipe_of_prompts_takes_a_real_step(tmp_path: Path, monkeypatch: py
     after = {role: list(result.roles[role].parameters()) for role in ("teacher", "student")}
     assert all(torch.equal(a, b) for a, b in zip(before["teacher"], after["teacher"], strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before["student"], after["student"], strict=True))
+NEGATIVES = """
+def prompts_and_negatives():
+    tokens = torch.tensor([[0, 2, 3, 1, 1, 1], [0, 4, 5, 6, 1, 1]])
+    return Data(train=Noise((4, 8, 8), conditions=tokens.repeat(8, 1), negatives=tokens.flip(0)))
+"""
+
+
+def test_the_recipe_of_negative_prompts_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(RECIPES)
+    (tmp_path / "small.py").write_text(DIFFUSION + NEGATIVES)
+    given = {
+        "teacher": f"{tmp_path / 'small.py'}:teacher", "data": f"{tmp_path / 'small.py'}:prompts_and_negatives",
+        "engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu",
+        "engine.precision": "fp32", "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
+    job = build(Recipe.load(RECIPES / "snoopi-sd21.yaml", overrides))
+    before = [p.clone() for p in job.roles.student.parameters()]
+    result = run(job, progress="off")
+    after = list(result.roles.student.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    attention = [p for p in result.roles.student.module.modules() if hasattr(p, "processor")]
+    assert not any("Away" in type(p.processor).__name__ for p in attention)  # what is saved is the model as it was
+    loaded, batch = load(tmp_path / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
+    with torch.no_grad():
+        expected = result.roles.student.module.eval()(batch.x, condition=batch.y)
+        assert loaded(batch.x, condition=batch.y).equal(expected)
+
+
+VIDEO = """
+import torch
+from diffusers import AutoencoderKL, UNet3DConditionModel
+from transformers import Dinov2Config, Dinov2Model
+from video_diffusion import Data, Denoiser, Seen, Table, TensorSource
+
+def unet():
+    torch.manual_seed(0)
+    net = UNet3DConditionModel(
+        sample_size=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        attention_head_dim=4, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+    )
+    null = torch.zeros(5, 16)
+    return Denoiser(
+        net, Table.scaled_linear(), "epsilon", time_scale=999, null=null, keyword="encoder_hidden_states"
+    )
+
+def teacher():
+    model = unet()
+    dino = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    model.features = Seen(vae, Dinov2Model(dino), 28, (1, 2))
+    return model
+
+def clips():
+    g = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(16, 4, 3, 4, 4, generator=g), torch.randn(16, 5, 16, generator=g)
+    return Data(train=TensorSource(latents, text), unlabelled=TensorSource(torch.randn(12, 4, 4, 4, generator=g)))
+"""
+
+
+def test_the_recipe_of_clips_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(RECIPES)
+    (tmp_path / "small.py").write_text(VIDEO)
+    names = {"teacher": "teacher", "student": "unet", "data": "clips"}
+    given: dict[str, Any] = {field: f"{tmp_path / 'small.py'}:{function}" for field, function in names.items()}
+    given |= {"method.lora": 2, "engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2,
+              "engine.device": "cpu", "engine.precision": "fp32", "out": str(tmp_path / "run")}  # fmt: skip
+    overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
+    job = build(Recipe.load(RECIPES / "mcm-modelscope.yaml", overrides))
+    before = {name: p.clone() for name, p in job.roles.student.named_parameters()}
+    frozen = [p.clone() for p in job.roles.teacher.parameters()]
+    result = run(job, progress="off")
+    after = {k.removeprefix("denoiser."): p for k, p in result.roles.student.named_parameters()}
+    assert before.keys() == after.keys()  # adapters are merged
+    assert any(not torch.equal(p, before[name]) for name, p in after.items())
+    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
+    loaded, batch = load(tmp_path / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
+    with torch.no_grad():
+        t = torch.ones(2)
+        expected = result.roles.student.module.eval()(batch.x, t=t, condition=batch.y)
+        assert loaded(batch.x, t=t, condition=batch.y).equal(expected)
