@@ -261,9 +261,17 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
     },
     "snoopi": {
         "method": lambda: registry.find("snoopi")(ema=0.5),
+    "phased_dmd": {
+        "method": lambda: registry.find("phased_dmd")(steps=4, phases=2, guidance=2.0, fake_steps=2),
         "roles": denoisers,
         "data": noise,
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
+    },
+    "mdt_dist": {
+        "method": lambda: registry.find("mdt_dist")(steps=2, guidance=2.0, vd_weight=0.5, vd_start=0.25, ema=0.5),
+        "roles": denoisers,
+        "optim": Optim("sgd", lr=0.02),
+        "exceptions": {"own_loop": "its program makes the student a sampler", "falls": SURROGATE},
     },
     "tinyclip": {
         "method": lambda: registry.find("tinyclip")(sparsity=(0.3,), mask_lr=0.5, mask_share=0.5),

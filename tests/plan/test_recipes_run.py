@@ -62,6 +62,8 @@ TEXTS = {
     "snoopi-sd21": "has a test of its own below",
     "mcm-modelscope": "has a test of its own below",
     "vsd-sd21-images": "has a test of its own below",
+    "phased-dmd-wan": "has a test of its own below",
+    "mdt-dist-sd3": "has a test of its own below",
 }
 
 
@@ -367,3 +369,81 @@ def test_the_recipe_of_clips_takes_a_real_step(tmp_path: Path, monkeypatch: pyte
         t = torch.ones(2)
         expected = result.roles.student.module.eval()(batch.x, t=t, condition=batch.y)
         assert loaded(batch.x, t=t, condition=batch.y).equal(expected)
+VIDEO = """
+import torch
+from diffusers import WanTransformer3DModel
+from wan import Data, Noise, denoiser
+
+def teacher():
+    torch.manual_seed(0)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 32, "num_layers": 1, "text_dim": 8}
+    net = WanTransformer3DModel(**sizes, in_channels=4, out_channels=4, freq_dim=16, rope_max_seq_len=32)
+    net.enable_gradient_checkpointing()
+    return denoiser(net, torch.zeros(5, 8))
+
+def prompts():
+    return Data(train=Noise((4, 2, 4, 4), conditions=torch.randn(16, 5, 8, generator=torch.Generator().manual_seed(0))))
+"""
+
+
+def test_the_recipe_of_videos_takes_a_real_step_in_each_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    monkeypatch.syspath_prepend(RECIPES)
+    (tmp_path / "small.py").write_text(VIDEO)
+    given = {
+        "teacher": f"{tmp_path / 'small.py'}:teacher", "data": f"{tmp_path / 'small.py'}:prompts", "engine.steps": 1,
+        "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu", "engine.precision": "fp32",
+        "method.rank": 2, "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    recipe = Recipe.load(RECIPES / "phased-dmd-wan.yaml", [f"{k}={json.dumps(v)}" for k, v in given.items()])
+    job = build(recipe)
+    frozen = [p.clone() for p in job.roles.teacher.parameters()]
+    result = run(job, progress="off")
+    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
+    student = result.roles.student.module.eval()
+    for expert in student.denoiser.experts:
+        assert any(not torch.equal(a, b) for a, b in zip(frozen, expert.parameters(), strict=True))
+    loaded, batch = load(tmp_path / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
+    with torch.no_grad():
+        assert loaded(batch.x, condition=batch.y).equal(student(batch.x, condition=batch.y))
+
+
+IMAGES = """
+import torch
+from diffusers import SD3Transformer2DModel
+from stable_diffusion_3 import Data, Prompted, TensorSource, denoiser
+
+def teacher():
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
+    inputs = {"joint_attention_dim": 8, "pooled_projection_dim": 6, "pos_embed_max_size": 8, "sample_size": 8}
+    net = SD3Transformer2DModel(**sizes, **inputs, in_channels=4, out_channels=4)
+    net.enable_gradient_checkpointing()
+    return denoiser(Prompted(net, 6), torch.zeros(4, 8))
+
+def images():
+    g = torch.Generator().manual_seed(0)
+    return Data(train=TensorSource(torch.randn(16, 4, 8, 8, generator=g), torch.randn(16, 4, 8, generator=g)))
+"""
+
+
+def test_the_recipe_of_average_velocities_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.syspath_prepend(RECIPES)
+    (tmp_path / "small.py").write_text(IMAGES)
+    given = {
+        "teacher": f"{tmp_path / 'small.py'}:teacher", "data": f"{tmp_path / 'small.py'}:images", "engine.steps": 1,
+        "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu", "engine.precision": "fp32",
+        "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    recipe = Recipe.load(RECIPES / "mdt-dist-sd3.yaml", [f"{k}={json.dumps(v)}" for k, v in given.items()])
+    job = build(recipe)
+    frozen = [p.clone() for p in job.roles.teacher.parameters()]
+    result = run(job, progress="off")
+    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
+    student = result.roles.student.module.eval()
+    assert any(not torch.equal(a, b) for a, b in zip(frozen, student.parameters(), strict=True))
+    loaded, batch = load(tmp_path / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
+    with torch.no_grad():
+        assert loaded(batch.x, condition=batch.y).equal(student(batch.x, condition=batch.y))

@@ -70,10 +70,13 @@ class Sampler(nn.Module):
         denoiser: Any = self.denoiser
         return denoiser.null_like(condition)
 
-    def forward(self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        """`x_0` at times `[B]`; without them samples, made of the noise `x_t` `[B, ...]` in all steps."""
+    def forward(
+        self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None, expert: int | None = None
+    ) -> Tensor:
+        """`x_0` at times `[B]`, by one expert where it is named; without them samples, made of the noise `x_t` in all steps."""
         if t is not None:
-            return self.denoiser(x_t, t=t, condition=condition)
+            chosen = {} if expert is None else {"expert": expert}
+            return self.denoiser(x_t, t=t, condition=condition, **chosen)
         return few_step(self.denoiser, x_t, self.schedule, self.times, condition, noise=self.noise)
 
 
@@ -142,9 +145,13 @@ class Experts(nn.Module):
         inside = condition < len(self.owners)
         return torch.where(inside, self.owners[condition.clamp(max=len(self.owners) - 1)], 0)
 
-    def forward(self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        """`x_0` of each sample, by its own expert."""
+    def forward(
+        self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None, expert: int | None = None
+    ) -> Tensor:
+        """`x_0` of each sample by its own expert, or of all by the one that is named, which spares reading the times."""
         x_t, t = self.schedule.from_noise(x_t, t)
+        if expert is not None:
+            return self.experts[expert](x_t, t=t, condition=condition)
         chosen = self.route(t, condition)
         present = chosen.unique().tolist()
         if len(present) == 1:
