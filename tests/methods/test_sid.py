@@ -11,6 +11,8 @@ from limbeck.core.errors import UsageError
 from limbeck.data import Data, TensorSource
 from limbeck.data.noise import Noise
 from limbeck.diffusion import Denoiser, Draws, GaussianMixture, RectifiedFlow, Sampler, few_step, ring, sid_loss
+from limbeck.diffusion.matching import adversarial, discriminator_scores
+from limbeck.diffusion.scores import noisy
 from limbeck.engine.run import execute
 from limbeck.evaluate.samples import energy_distance
 from limbeck.methods.sid.method import SiD
@@ -146,16 +148,15 @@ def test_zero_guidance_is_a_call_without_condition():
 def test_the_discriminator_is_the_mean_over_channels_within_limits():
     b = batch()
     m = roles()
-    method = SiD(gan_weight=0.1, discriminator="net.body")
     t = torch.full((8,), 0.5)
-    scores = method.scores(m, b.x, t, None)
+    scores = discriminator_scores(m.fake, "net.body", b.x, t)
     net = m.fake.module.net
     phase = t[:, None] * net.waves
     body = net.body(net.first(torch.cat([b.x, phase.sin(), phase.cos()], 1)))
-    torch.testing.assert_close(scores[:, 0], body.mean(1))
+    torch.testing.assert_close(scores, body.mean(1))
     for p in m.fake.module.net.body.parameters():
         p.data *= 1e4
-    far = method.scores(m, b.x, t, None)
+    far = discriminator_scores(m.fake, "net.body", b.x, t)
     assert far.abs().max() == 10
     (gradient,) = torch.autograd.grad(far[far.abs() == 10].sum(), net.first.weight, allow_unused=True)
     assert not gradient.any()
@@ -169,17 +170,15 @@ def test_the_adversarial_terms():
     first, second = method.step(m, b)
     x = method.generate(m, draws, b, "fake").detach()
     without = Roles(**{n: r.module for n, r in m.items()})
-    told_apart = method.discriminate(m, draws, b, x)
+    told_apart = adversarial(m, draws, "net.body", b.x, x)[1] / 2
     assert told_apart.item() == pytest.approx(math.log(2), abs=0.3)
     base = first.loss - told_apart
     assert base > 0
     assert without
     x = method.generate(m, draws, b, "student")
-    from limbeck.diffusion.scores import noisy
-
     x_t, t = noisy(FLOW, draws, "student", x, *method.times)
     share = 1 - t
-    fooled = (share * F.softplus(-method.scores(m, x_t, t, None))[:, 0] * 2).mean()
+    fooled = (share * F.softplus(-discriminator_scores(m.fake, "net.body", x_t, t)) * 2).mean()
     late = SiD(**{**vars(method), "gan_start": 0.5})
     torch.testing.assert_close(second.loss - late.improve(m, draws, b).loss, 0.5 * fooled)
     assert plain.weight == "flow"
