@@ -14,7 +14,8 @@ from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import Scale
 from limbeck.diffusion.objectives import Elements, per_sample, surrogate
 from limbeck.diffusion.sampler import Experts
-from limbeck.diffusion.scores import denoising_loss, matching_gradient, noisy, schedule_of
+from limbeck.diffusion.schedule import EDM, Schedule
+from limbeck.diffusion.scores import Gradient, Weight, denoising_loss, matching_gradient, noisy, schedule_of
 from limbeck.losses.adversarial import Game, discriminator_loss, generator_loss
 
 LIMIT = 10.0  # of a discriminator's scores, as in the code of SiD
@@ -27,6 +28,7 @@ def matching_updates(
     *,
     teacher: str = "teacher",
     guidance: Scale = 1.0,
+    gradient: Gradient = "dmd",
     times: tuple[float, float] = (0.02, 0.98),
     fake_times: tuple[float, float] = (0.001, 1.0),
     dropout: float = 0.0,
@@ -39,9 +41,10 @@ def matching_updates(
     Args:
         m: The roles `student`, `fake` and `teacher`.
         batch: With the conditions `y`, where there are some, and `id`.
-        x: The student's samples `[B, ...]`, in its graph.
+        x: The student's samples `[B, ...]`, in its graph where it learns in this step.
         teacher: The role whose distribution is aimed at.
         guidance: Of that role; `fake` is not guided.
+        gradient: See `matching_gradient`.
         times: Between which shares of the schedule samples are judged.
         fake_times: Between which `fake` learns.
         dropout: Share of samples for which `fake` is told nothing.
@@ -51,14 +54,29 @@ def matching_updates(
     """
     draws, condition = Draws(m, batch), batch.get("y")
     if m.every(every):
-        gap = matching_gradient(m, draws, x, condition, teacher=teacher, guidance=guidance, times=times)
+        gap = matching_gradient(
+            m, draws, x, condition, teacher=teacher, guidance=guidance, times=times, gradient=gradient
+        )
         loss = surrogate(x, gap, elements)
         logs = {"gap": per_sample(gap.square()).sqrt().mean()}
         yield Update("student", loss if more is None else loss + more[0], logs=logs)
+    weight = follower_weight(schedule_of(m.fake))
     loss = denoising_loss(
-        m, "fake", draws, x, condition, times=fake_times, dropout=dropout, weight=bounded, elements=elements
+        m, "fake", draws, x, condition, times=fake_times, dropout=dropout, weight=weight, elements=elements
     )
     yield Update("fake", loss if more is None else loss + more[1])
+
+
+def follower_weight(schedule: Schedule) -> Weight:
+    """By what `fake` learns: `1 / sigma^2 + 1 / sigma_data^2` under EDM (Karras et al. 2022), else the error of the noise.
+
+    Example:
+        >>> follower_weight(EDM())(torch.ones(1), torch.ones(1))
+        tensor([5.])
+    """
+    if isinstance(schedule, EDM):
+        return lambda alpha, sigma: (1 / sigma**2 + 1 / schedule.data**2).to(alpha)
+    return bounded
 
 
 def bounded(alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -47,10 +47,10 @@ class Watched(DisBack):
 
     watch: Callable[[Roles], None] | Any = None
 
-    def step(self, aim: str, m: Roles, batch: Batch) -> Iterator[Update]:
+    def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
         """As the method's."""
         self.watch(m)
-        yield from super().step(aim, m, batch)
+        yield from super().step(m, batch)
 
 
 def run(nodes: tuple[int, ...], off: float, seed: int, lr: float) -> Trial:
@@ -58,11 +58,10 @@ def run(nodes: tuple[int, ...], off: float, seed: int, lr: float) -> Trial:
     student, watch = begun(seed, KIND), Watch(seed)
     student.net.last[1].bias.data -= off  # the network gives the velocity: noise less sample
     m = Roles(teacher=begun(seed, KIND), student=student)
-    method = Watched(nodes, SWITCH, times=(0.02, 0.6), fake_times=(0.001, 1.0), watch=watch)
-    last = STEPS - SWITCH * max(0, len(nodes) - 1)
+    method = Watched(nodes, SWITCH, times=(0.02, 0.6), watch=watch)
     optim = {"student": Optim("adam", lr=lr), "fake": Optim("adam", lr=3e-3)}
     data = Data(train=Noise((2,), 64 * BATCH, seed=seed))
-    passes = fit(method, m, data, optim, steps=last, batch_size=BATCH, seed=seed)
+    passes = fit(method, m, data, optim, steps=STEPS, batch_size=BATCH, seed=seed)
     return Trial(*map(float, watch.near), {"student": passes["student"]})
 
 
