@@ -32,6 +32,7 @@ class Watch:
 
     @torch.no_grad()
     def __call__(self, m: Roles) -> None:
+        """Look, if it is time."""
         if self.count % EVERY == 0:
             for k, first in enumerate((2000, 3000)):
                 g = torch.Generator().manual_seed(first + self.seed)
@@ -68,8 +69,8 @@ def run(nodes: tuple[int, ...], off: float, seed: int, lr: float) -> Trial:
 PROOF = Proof(
     claim="A student that begins far from the data is led back faster along the distributions that a network went through on "
     "the way to it than straight to the teacher (Zhang et al. 2025)",
-    task=f"8 Gaussians on a ring; teacher, student and fake begin as networks of 3 x 64 trained on samples, the student's samples "
-    f"{OFF:g} units off in both numbers, judged at noise levels up to 0.6; {STEPS} steps of {BATCH}; fake has "
+    task="8 Gaussians on a ring; teacher, student and fake begin as networks of 3 x 64 trained on samples, the student's "
+    f"samples {OFF:g} units off in both numbers, judged at noise levels up to 0.6; {STEPS} steps of {BATCH}; fake has "
     f"{NODES[-1]} steps more where it is warm",
     metric=f"steps of the student until its energy distance is {NEAR:g} ({STEPS} if never)",
     arms={
