@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ def matching_updates(
     dropout: float = 0.0,
     every: int = 1,
     elements: Elements = "mean",
-    more: tuple[Tensor, Tensor] | None = None,
+    more: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Update]:
     """The student's update by the gap of two scores, in one step of `every`, and `fake`'s by the student's samples (DMD, DMD2).
 
@@ -50,21 +50,21 @@ def matching_updates(
         dropout: Share of samples for which `fake` is told nothing.
         every: Steps of `fake` for one of the student.
         elements: Whether a sample's elements are averaged or added up.
-        more: What is added to the losses of student and `fake`.
+        more: What is added to the losses of `student` and `fake`.
     """
-    draws, condition = Draws(m, batch), batch.get("y")
+    draws, condition, more = Draws(m, batch), batch.get("y"), more or {}
     if m.every(every):
         gap = matching_gradient(
             m, draws, x, condition, teacher=teacher, guidance=guidance, times=times, gradient=gradient
         )
-        loss = surrogate(x, gap, elements)
+        loss = surrogate(x, gap, elements) + more.get("student", 0.0)
         logs = {"gap": per_sample(gap.square()).sqrt().mean()}
-        yield Update("student", loss if more is None else loss + more[0], logs=logs)
+        yield Update("student", loss, logs=logs)
     weight = follower_weight(schedule_of(m.fake))
     loss = denoising_loss(
         m, "fake", draws, x, condition, times=fake_times, dropout=dropout, weight=weight, elements=elements
     )
-    yield Update("fake", loss if more is None else loss + more[1])
+    yield Update("fake", loss + more.get("fake", 0.0))
 
 
 def follower_weight(schedule: Schedule) -> Weight:
@@ -111,7 +111,32 @@ def discriminator_scores(role: Role, path: str, x_t: Tensor, t: Tensor, conditio
     return torch.cat(parts)[torch.cat(places).argsort()]
 
 
-def adversarial(
+def fooling(
+    m: Roles,
+    draws: Draws,
+    path: str,
+    x: Tensor,
+    condition: Tensor | None = None,
+    *,
+    times: tuple[float, float] = (0.02, 0.98),
+    game: Game = "softplus",
+) -> Tensor:
+    """How badly the student's samples pass for real ones with `fake`, whose part is the discriminator.
+
+    Args:
+        m: The roles.
+        draws: Of the batch; `telling` draws the same noise and times.
+        path: Of the discriminator in `fake`.
+        x: The student's samples `[B, ...]`, in its graph.
+        condition: Of them.
+        times: Between which shares of the schedule.
+        game: See `limbeck.losses.adversarial`.
+    """
+    x_t, t = noisy(schedule_of(m.fake), draws, "discriminator", x, *times)
+    return generator_loss(discriminator_scores(m.fake, path, x_t, t, condition), game)
+
+
+def telling(
     m: Roles,
     draws: Draws,
     path: str,
@@ -121,24 +146,23 @@ def adversarial(
     *,
     times: tuple[float, float] = (0.02, 0.98),
     game: Game = "softplus",
-) -> tuple[Tensor, Tensor]:
-    """How badly the student's samples pass for real ones, and how badly `fake` tells them apart: with one noise, at one time.
+) -> Tensor:
+    """How badly `fake` tells real samples from the student's, at the same times with the same noise.
 
     Args:
-        m: The roles; `fake` holds the discriminator.
+        m: The roles.
         draws: Of the batch.
         path: Of the discriminator in `fake`.
         real: Real samples `[B, ...]`.
-        x: The student's, in its graph.
+        x: The student's; no gradient reaches them.
         condition: Of both.
         times: Between which shares of the schedule.
         game: See `limbeck.losses.adversarial`.
     """
     schedule = schedule_of(m.fake)
-    (made, t), (true, _) = (noisy(schedule, draws, "discriminator", s, *times) for s in (x, real))
-    fooled = generator_loss(discriminator_scores(m.fake, path, made, t, condition), game)
-    high, low = (discriminator_scores(m.fake, path, s, t, condition) for s in (true, made.detach()))
-    return fooled, discriminator_loss(high, low, game)
+    (true, t), (made, _) = (noisy(schedule, draws, "discriminator", s, *times) for s in (real, x.detach()))
+    high, low = (discriminator_scores(m.fake, path, s, t, condition) for s in (true, made))
+    return discriminator_loss(high, low, game)
 
 
 def check_discriminator(m: Roles, path: str) -> None:
