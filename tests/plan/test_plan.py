@@ -483,8 +483,9 @@ def test_every_recipe_plans(file: Path, tmp_path: Path) -> None:
     assert plan.fits
     assert plan.hours is not None
     assert plan.hours > 0
-    for stage in plan.stages:  # multipliers of a budget and particles multiply no matrices, others do
-        assert any(role.flops > 0 for role in stage.roles if role.learns)
+    for stage in plan.stages:  # multipliers of a budget, particles and pixels multiply no matrices, others do
+        pixels = any(role.learns and role.model == "Condensed" for role in stage.roles)
+        assert any(role.flops > 0 for role in stage.roles if role.learns or pixels)
 
 
 _BUDGET = """
