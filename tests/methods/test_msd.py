@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -173,13 +174,15 @@ def test_the_adversarial_terms():
     draws = Draws(m, b)
     first, second = method.step(m, b)
     x = m.student(draws.normal("noise", b.x), condition=b.y)
-    plain = list(matching_updates(m, b, x))
+    plain = list(matching_updates(m, b, x, fake_times=method.fake_times))
     x_t, t = noisy(FLOW, draws, "discriminator", x, 0.02, 0.98)
     true, _ = noisy(FLOW, draws, "discriminator", b.x, 0.02, 0.98)
     low, high = (discriminator_scores(m.fake, "net.body", s, t, b.y) for s in (x_t, true))
     torch.testing.assert_close(first.loss / 2, plain[0].loss + 0.3 * F.softplus(-low).mean())
     torch.testing.assert_close(second.loss / 2, plain[1].loss + 0.1 * (F.softplus(low) + F.softplus(-high)).mean())
     assert any(g.any() for g in _gradients(first, m).values())
+    late = list(replace(method, gan_start=0.5).step(m, b))
+    assert [u.loss.item() / 2 for u in late] == pytest.approx([u.loss.item() for u in plain])
     assert not any(
         g is not None for g in torch.autograd.grad(second.loss, list(m.student.parameters()), allow_unused=True)
     )
@@ -241,9 +244,9 @@ def test_students_far_off_come_near():
 
 
 @pytest.mark.parametrize("fields", [
-    {"students": 0}, {"fake_steps": 0}, {"match_steps": -1}, {"gan_weight": -1.0}, {"discriminator_weight": -1.0},
-    {"times": (0.5, 0.4)}, {"fake_times": (0.0, 1.0)}, {"students": 2, "owners": (0, 0, 0, 1)},
-    {"students": 2, "owners": (0, 2)}, {"students": 3, "owners": (0, 0, 1, 1)},
+    {"students": 0}, {"fake_steps": 0}, {"match_steps": -1}, {"match_factor": 0.0}, {"gan_weight": -1.0},
+    {"discriminator_weight": -1.0}, {"gan_start": 1.0}, {"times": (0.5, 0.4)}, {"fake_times": (0.0, 1.0)},
+    {"students": 2, "owners": (0, 0, 0, 1)}, {"students": 2, "owners": (0, 2)}, {"students": 3, "owners": (0, 0, 1, 1)},
 ])  # fmt: skip
 def test_fields_out_of_range(fields):
     with pytest.raises(UsageError, match="out of range"):

@@ -48,6 +48,8 @@ TEXTS = {
     "lelp-minilm-sst2": "has a test of its own below",
     "cast-gpt2": "has a test of its own below",
     "tinyclip-vit-b32": "has a test of its own below",
+    "disback-sd21": "has a test of its own below",
+    "msd-imagenet64": "has a test of its own below",
     "sid-sd21": "has a test of its own below",
     "swiftbrush-sd21": "has a test of its own below",
     "vsd-sd21-images": "has a test of its own below",
@@ -216,7 +218,7 @@ def one_prompt():
 """
 
 
-@pytest.mark.parametrize("name", ["sid-sd21", "swiftbrush-sd21", "vsd-sd21-images"])
+@pytest.mark.parametrize("name", ["disback-sd21", "sid-sd21", "swiftbrush-sd21", "vsd-sd21-images"])
 def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")

@@ -39,8 +39,10 @@ class MSD(Method):
         fake_steps: Steps of `fake` for one of the students: 5 for class labels, 10 for prompts in the code of DMD2.
         match_steps: Steps of a first stage in which students learn the teacher's predictions at real samples with noise (teacher
             score matching, for students of another architecture); 0 for none.
+        match_factor: The students' rate in that stage, as a multiple.
         gan_weight: Of the adversarial term for the students, 3e-3 for class labels in the code of DMD2; 0 for none.
         discriminator_weight: Of that for `fake`.
+        gan_start: Share of the last stage after which both come in: without them first, as in the paper.
         discriminator: Path of a part of each `fake`: the mean over its channels is the discriminator, in the place of DMD2's
             head of convolutions.
         times: Between which shares of the schedule students are judged.
@@ -67,8 +69,10 @@ class MSD(Method):
     guidance: float = 1.0
     fake_steps: int = 1
     match_steps: int = 0
+    match_factor: float = 1.0
     gan_weight: float = 0.0
     discriminator_weight: float = 1e-2
+    gan_start: float = 0.0
     discriminator: str = ""
     times: tuple[float, float] = (0.02, 0.98)
     fake_times: tuple[float, float] = (0.001, 1.0)
@@ -81,6 +85,8 @@ class MSD(Method):
         for name in ("times", "fake_times"):
             low, high = getattr(self, name)
             check_field(name, (low, high), 0 < low < high <= 1, "0 < from < to <= 1")
+        check_field("match_factor", self.match_factor, self.match_factor > 0, "above 0")
+        check_field("gan_start", self.gan_start, 0 <= self.gan_start < 1, "in [0, 1)")
         if self.owners:
             sizes = [self.owners.count(k) for k in range(self.students)]
             fits = sum(sizes) == len(self.owners) and min(sizes) >= 1 and max(sizes) - min(sizes) <= 1
@@ -134,7 +140,7 @@ class MSD(Method):
         if self.match_steps:
             yield Train(
                 self.match, roles={"student": None}, frozen=("teacher",), data=data.train, steps=self.match_steps,
-                name="match the teacher",
+                lr_factor=self.match_factor, name="match the teacher",
             )  # fmt: skip
         yield Train(
             self.step, roles={"student": None, "fake": None}, frozen=self.frozen, data=data.train, name="distil"
@@ -156,7 +162,7 @@ class MSD(Method):
         with torch.set_grad_enabled(learns):
             x = m.student(draws.normal("noise", batch.x) if self.real else batch.x, condition=y)
         more = {}
-        if self.gan_weight:
+        if self.gan_weight and m.progress >= self.gan_start:
             told = telling(m, draws, self.discriminator, batch.x, x, y, times=self.times)
             more["fake"] = self.discriminator_weight * told
             if learns:
