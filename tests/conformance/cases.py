@@ -211,14 +211,14 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
     },
     "disback": {
-        "method": lambda: registry.find("disback")(nodes=(1, 3, 5), switch=3, guidance=2.0, fake_steps=2, ema=0.5),
+        "method": lambda: registry.find("disback")(nodes=(2, 6), switch=1, guidance=2.0, fake_steps=2, ema=0.5),
         "roles": denoisers,
         "data": noise,
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
     },
     "msd": {
         "method": lambda: registry.find("msd")(
-            2, guidance=2.0, fake_steps=2, match_steps=4, gan_weight=0.1, gan_start=0.3, discriminator="net.body"
+            2, guidance=2.0, fake_steps=2, match_steps=6, gan_weight=0.1, gan_start=0.3, discriminator="net.body"
         ),
         "roles": denoisers,
         "data": noise,
