@@ -13,7 +13,7 @@ from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import Scale
 from limbeck.diffusion.objectives import Elements, per_sample, surrogate
-from limbeck.diffusion.sampler import Experts
+from limbeck.diffusion.sampler import Experts, shares
 from limbeck.diffusion.schedule import EDM, Schedule
 from limbeck.diffusion.scores import Gradient, Weight, denoising_loss, matching_gradient, noisy, schedule_of
 from limbeck.losses.adversarial import Game, discriminator_loss, generator_loss
@@ -100,15 +100,13 @@ def discriminator_scores(role: Role, path: str, x_t: Tensor, t: Tensor, conditio
     if not isinstance(role.module, Experts):
         _, taps = role.features(x_t, path, t=t, condition=condition)
         return taps[path].mean(1).clamp(-LIMIT, LIMIT)
-    chosen = role.module.route(t, condition)
-    parts, places = [], []
-    for k, expert in enumerate(role.module.experts):
-        rows = (chosen == k).nonzero()[:, 0]
-        if len(rows):
-            own = None if condition is None else condition[rows]
-            parts.append(discriminator_scores(Role(role.name, expert), path, x_t[rows], t[rows], own))
-            places.append(rows)
-    return torch.cat(parts)[torch.cat(places).argsort()]
+    found = shares(role.module.route(t, condition), len(role.module.experts))
+    parts = []
+    for k, rows in found:
+        own = None if condition is None else condition[rows]
+        expert = Role(role.name, role.module.experts[k])
+        parts.append(discriminator_scores(expert, path, x_t[rows], t[rows], own))
+    return torch.cat(parts)[torch.cat([rows for _, rows in found]).argsort()]
 
 
 def fooling(
