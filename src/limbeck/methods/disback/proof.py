@@ -20,7 +20,7 @@ from limbeck.methods.disback.method import DisBack
 from limbeck.methods.mixture_proof import begun, truth
 from limbeck.prove import Arm, Comparison, Proof, Trial, fit
 
-STEPS, BATCH, RATES, KIND, NEAR, EVERY = 600, 128, (3e-4, 6e-4, 1e-3), "ring", 0.05, 20
+STEPS, BATCH, RATES, KIND, NEAR, EVERY = 400, 128, (3e-4, 6e-4, 1e-3), "ring", 0.05, 20
 # Chosen on seed 100: the rate of fake, at which straight was fastest, and the marks and steps, at which going back was.
 FAKE, NODES, SWITCH, OFF = 1e-2, (2, 5, 12, 30, 250), 10, 6.0
 

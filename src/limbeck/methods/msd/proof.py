@@ -12,7 +12,7 @@ from limbeck.methods.mixture_proof import CLASSES, begun, distance, distil, draw
 from limbeck.methods.msd.method import MSD
 from limbeck.prove import Arm, Comparison, Proof, Trial, seeded
 
-MATCH, STEPS, BATCH, RATES, KIND, SMALL = 200, 500, 64, (1e-3, 3e-3, 1e-2), "many", 8
+MATCH, STEPS, BATCH, RATES, KIND, SMALL = 150, 350, 64, (1e-3, 3e-3, 1e-2), "many", 8
 FAKE, MATCHING = 3e-3, 1e-2  # rates: of what follows, and of students that match the teacher
 
 
