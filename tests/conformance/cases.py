@@ -263,6 +263,8 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "method": lambda: registry.find("snoopi")(ema=0.5),
     "phased_dmd": {
         "method": lambda: registry.find("phased_dmd")(steps=4, phases=2, guidance=2.0, fake_steps=2),
+    "disback": {
+        "method": lambda: registry.find("disback")(nodes=(2, 6), switch=1, guidance=2.0, fake_steps=2, ema=0.5),
         "roles": denoisers,
         "data": noise,
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
@@ -272,6 +274,13 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "roles": denoisers,
         "optim": Optim("sgd", lr=0.02),
         "exceptions": {"own_loop": "its program makes the student a sampler", "falls": SURROGATE},
+    "msd": {
+        "method": lambda: registry.find("msd")(
+            2, guidance=2.0, fake_steps=2, match_steps=6, gan_weight=0.1, gan_start=0.3, discriminator="net.body"
+        ),
+        "roles": denoisers,
+        "data": noise,
+        "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
     },
     "tinyclip": {
         "method": lambda: registry.find("tinyclip")(sparsity=(0.3,), mask_lr=0.5, mask_share=0.5),

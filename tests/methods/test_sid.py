@@ -11,7 +11,7 @@ from limbeck.core.errors import UsageError
 from limbeck.data import Data, TensorSource
 from limbeck.data.noise import Noise
 from limbeck.diffusion import Denoiser, Draws, GaussianMixture, RectifiedFlow, Sampler, few_step, ring, sid_loss
-from limbeck.diffusion.matching import adversarial, discriminator_scores
+from limbeck.diffusion.matching import discriminator_scores, telling
 from limbeck.diffusion.scores import denoising_loss, noisy
 from limbeck.engine.run import execute
 from limbeck.evaluate.samples import energy_distance
@@ -256,7 +256,7 @@ def test_the_adversarial_terms():
     first, second = method.step(m, b)
     x = method.generate(m, draws, b, "fake").detach()
     without = Roles(**{n: r.module for n, r in m.items()})
-    told_apart = adversarial(m, draws, "net.body", b.x, x)[1] / 2
+    told_apart = telling(m, draws, "net.body", b.x, x) / 2
     assert told_apart.item() == pytest.approx(math.log(2), abs=0.3)
     base = first.loss - told_apart
     assert base > 0

@@ -57,6 +57,8 @@ TEXTS = {
     "cast-gpt2": "has a test of its own below",
     "tinyclip-vit-b32": "has a test of its own below",
     "diversity-cfg-gpt2": "has a test of its own below",
+    "disback-sd21": "has a test of its own below",
+    "msd-imagenet64": "has a test of its own below",
     "sid-sd21": "has a test of its own below",
     "swiftbrush-sd21": "has a test of its own below",
     "snoopi-sd21": "has a test of its own below",
@@ -229,7 +231,7 @@ def one_prompt():
 """
 
 
-@pytest.mark.parametrize("name", ["sid-sd21", "swiftbrush-sd21", "vsd-sd21-images"])
+@pytest.mark.parametrize("name", ["disback-sd21", "sid-sd21", "swiftbrush-sd21", "vsd-sd21-images"])
 def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")

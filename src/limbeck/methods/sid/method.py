@@ -20,7 +20,7 @@ from limbeck.core.roles import Roles
 from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
-from limbeck.diffusion.matching import adversarial, bounded, check_discriminator, discriminator_scores
+from limbeck.diffusion.matching import bounded, check_discriminator, discriminator_scores, telling
 from limbeck.diffusion.objectives import per_sample, sid_loss
 from limbeck.diffusion.sampling import Noise, few_step
 from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss, noisy, predicted, schedule_of
@@ -133,7 +133,7 @@ class SiD(Method):
             weight=_flow if self.weight == "flow" else bounded,
         )  # fmt: skip
         if self.gan_weight:
-            loss = loss + adversarial(m, draws, self.discriminator, batch.x, x, condition, times=self.times)[1] / 2
+            loss = loss + telling(m, draws, self.discriminator, batch.x, x, condition, times=self.times) / 2
         yield Update("fake", loss)
         yield self.improve(m, draws, batch)
 
