@@ -271,7 +271,7 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
     },
     "infer": {
-        "method": lambda: registry.find("infer")(operations=(), clip=None),
+        "method": lambda: registry.find("infer")(operations=(), clip=None, label_epochs=2, label_operations=()),
         "roles": partial(remembering, 2),
         "optim": Optim("adam", lr=0.1),
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},

@@ -85,7 +85,7 @@ class Recovered(Method):
                 expected="condensed:N, N samples of each class",
             )  # fmt: skip
         if self.clip is not None and type(small.x.detach()) is Tensor:
-            low, high = float(small.x.min()), float(small.x.max())
+            low, high = (float(bound) for bound in small.x.detach().aminmax())
             if low < self.clip[0] or high > self.clip[1]:
                 raise UsageError(
                     "the samples lie outside of the bounds", where="method.clip", found=f"[{low:.4g}, {high:.4g}]",
