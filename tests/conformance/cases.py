@@ -256,7 +256,13 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
     },
     "dwa": {
         "method": lambda: registry.find("dwa")(
-            rho=0.1, adjustment_steps=2, operations=(), clip=None, classes_at_once=3, label_epochs=2, label_operations=()
+            rho=0.1,
+            adjustment_steps=2,
+            operations=(),
+            clip=None,
+            classes_at_once=3,
+            label_epochs=2,
+            label_operations=(),
         ),
         "roles": remembering,
         "optim": Optim("adam", lr=0.1),

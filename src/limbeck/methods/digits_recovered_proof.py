@@ -20,8 +20,8 @@ from limbeck.evaluate.condensation import Training, accuracy, train_on
 from limbeck.nn.convnet import ConvNet
 from limbeck.prove import fit, seeded
 
-ITERATIONS, TRAININGS, EACH = 150, 2, 5
-JUDGE = Training(steps=300, optim=Optim("adamw", lr=0.01, weight_decay=0.01, schedule="cosine"))
+ITERATIONS, TRAININGS, EACH = 100, 1, 5
+JUDGE = Training(steps=200, optim=Optim("adamw", lr=0.01, weight_decay=0.01, schedule="cosine"))
 KINDS = ((32, 3), (24, 2), (16, 3), (32, 2))  # width and blocks
 
 

@@ -41,7 +41,9 @@ def votes(priors: Sequence[float], temperature: float) -> Tensor:
     return (torch.tensor(priors, dtype=torch.float64) / temperature).softmax(0).float()
 
 
-def seats(slot: int, members: int, count: int, choice: Choice, priors: Sequence[float], seed: int = 0) -> tuple[int, ...]:
+def seats(
+    slot: int, members: int, count: int, choice: Choice, priors: Sequence[float], seed: int = 0
+) -> tuple[int, ...]:
     """The members of a slot, in ascending order.
 
     Args:

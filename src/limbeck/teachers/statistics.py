@@ -58,9 +58,7 @@ def input_statistics(module: nn.Module) -> Iterator[dict[int, tuple[Tensor, Tens
         (tensor([1., 1.]), tensor([1., 0.]))
     """
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    handles = [
-        layer.register_forward_pre_hook(partial(_keep, found, i)) for i, layer in enumerate(batch_norms(module))
-    ]
+    handles = [layer.register_forward_pre_hook(partial(_keep, found, i)) for i, layer in enumerate(batch_norms(module))]
     try:
         yield found
     finally:
@@ -150,7 +148,9 @@ def called(role: Role, x: Tensor, weights: Mapping[str, Tensor] | None = None) -
     return main_output(functional_call(role.module, dict(weights), (x,)))
 
 
-def ascended(role: Role, x: Tensor, y: Tensor, radius: float, steps: int, start: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def ascended(
+    role: Role, x: Tensor, y: Tensor, radius: float, steps: int, start: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     r"""Weights from which a network knows a batch less: steps up its loss, each as long as the others.
 
     $\theta \leftarrow \theta + (\rho / K) g / \lVert g \rVert_2$, K times, $g = \nabla_\theta \mathrm{CE}(f_\theta(x), y)$, one norm over all
@@ -176,7 +176,9 @@ def ascended(role: Role, x: Tensor, y: Tensor, radius: float, steps: int, start:
             learned = {name: w.requires_grad_(True) for name, w in weights.items()}
             loss = F.cross_entropy(called(role, x, learned), y)
             gradients = torch.autograd.grad(loss, list(learned.values()), allow_unused=True)
-        found = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), gradients, strict=True)}
+        found = {
+            n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(weights.items(), gradients, strict=True)
+        }
         norm = torch.stack([g.square().sum() for g in found.values()]).sum().sqrt()
         factor = radius / steps / (norm + 1e-12)
         weights = {n: w.detach() + factor * found[n] for n, w in weights.items()}

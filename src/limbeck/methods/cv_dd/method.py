@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from limbeck.core.batch import Batch
@@ -15,7 +14,7 @@ from limbeck.core.errors import UsageError
 from limbeck.core.roles import Roles
 from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
-from limbeck.data.condensed import Become, Condensed
+from limbeck.data.condensed import Become
 from limbeck.data.ids import numbers
 from limbeck.data.slots import Slots, slots_of
 from limbeck.methods.checks import check_field

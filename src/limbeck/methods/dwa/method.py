@@ -20,7 +20,7 @@ from limbeck.core.roles import Role, Roles
 from limbeck.core.stages import Collect, Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.data.augment import Mix, augment
-from limbeck.data.condensed import Become, Condensed
+from limbeck.data.condensed import Become
 from limbeck.data.ids import mix, numbers
 from limbeck.data.slots import Slots, slots_of
 from limbeck.methods.checks import check_field

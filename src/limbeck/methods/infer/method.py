@@ -18,7 +18,6 @@ from limbeck.data.augment import Mix
 from limbeck.data.condensed import Become, Condensed
 from limbeck.data.ids import numbers
 from limbeck.data.slots import Slots, slots_of
-from limbeck.methods.checks import check_field
 from limbeck.methods.recovery import Recovered, total
 
 
