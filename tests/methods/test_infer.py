@@ -178,7 +178,8 @@ def test_mixed_labels_are_linear():
 def test_tables_of_epochs_are_the_dynamic_labels():
     small = made(INFER(label_epochs=2, label_batch_size=6), world())
     assert small.soft.shape == (2, 18, 3)
-    assert small.info["views"] == {"batch_size": 6, "operations": ["shift", "flip"], "mixing": "mixup", "alpha": 0.8, "seed": 0}  # fmt: skip
+    told = {"batch_size": 6, "operations": ["shift", "flip"], "mixing": "mixup", "alpha": 0.8, "seed": 0}
+    assert small.info["views"] == told
     trained = small.train(network(5).train(), steps=5)
     assert trained(small()).shape == (18, 3)
     static = made(INFER(), world())

@@ -36,8 +36,8 @@ def statistics_distance(
 ) -> Tensor:
     r"""The distance of a batch's statistics to running ones, summed over layers.
 
-    $\sum_l c_l (\lVert \mu_l - m_l \rVert_2 + r \lVert s_l - v_l \rVert_2)$, $c_1$ = `first`, other $c_l = 1$ (Yin et al. 2020, with
-    the plain norms of SRe2L, Yin et al. 2023; r of DWA, Du et al. 2024).
+    $\sum_l c_l (\lVert \mu_l - m_l \rVert_2 + r \lVert s_l - v_l \rVert_2)$, $c_1$ = `first`, other $c_l = 1$ (Yin et al. 2020,
+    with the plain norms of SRe2L, Yin et al. 2023; r of DWA, Du et al. 2024).
 
     Args:
         found: `(mean, variance)` of each layer's input, each `[C_l]`; gradients reach them.

@@ -101,7 +101,8 @@ def batch_statistics(module: nn.Module) -> Iterator[None]:
 class Recovery:
     r"""What images are recovered by: a network's labels, and the statistics that it remembers.
 
-    $\mathrm{CE}(f(x), y) + r_{bn} \sum_l c_l (\lVert \mu_l - m_l \rVert_2 + r_{var} \lVert s_l - v_l \rVert_2)$ (SRe2L, Yin et al. 2023).
+    $\mathrm{CE}(f(x), y) + r_{bn} \sum_l c_l (\lVert \mu_l - m_l \rVert_2 + r_{var} \lVert s_l - v_l \rVert_2)$ (SRe2L,
+    Yin et al. 2023).
 
     Args:
         bn_weight: `r_bn`.
@@ -153,8 +154,8 @@ def ascended(
 ) -> dict[str, Tensor]:
     r"""Weights from which a network knows a batch less: steps up its loss, each as long as the others.
 
-    $\theta \leftarrow \theta + (\rho / K) g / \lVert g \rVert_2$, K times, $g = \nabla_\theta \mathrm{CE}(f_\theta(x), y)$, one norm over all
-    parameters (DWA, Du et al. 2024).
+    $\theta \leftarrow \theta + (\rho / K) g / \lVert g \rVert_2$, K times, $g = \nabla_\theta \mathrm{CE}(f_\theta(x), y)$,
+    one norm over all parameters (DWA, Du et al. 2024).
 
     Args:
         role: The network; frozen, and it stays as it is.

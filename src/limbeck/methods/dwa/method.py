@@ -35,9 +35,9 @@ class DWA(Recovered):
     r"""Directed weight adjustment (Du et al. 2024); `rho=0, variance_weight=1` is its base, SRe2L (Yin et al. 2023).
 
     A slot is one image of each class. Before it is recovered, the network climbs K steps on the loss of the slot's real
-    images, $\theta \leftarrow \theta + (\rho / K) g / \lVert g \rVert$, each slot from the network as it was. Then the images descend on
-    $\mathrm{CE}(f(x), y) + r_{bn} \sum_l c_l (\lVert \mu_l - m_l \rVert + r_{var} \lVert s_l - v_l \rVert)$. Slots do not know of each other;
-    all are recovered side by side. The network itself, and it alone, gives the labels.
+    images, $\theta \leftarrow \theta + (\rho / K) g / \lVert g \rVert$, each slot from the network as it was. Then the images
+    descend on $\mathrm{CE}(f(x), y) + r_{bn} \sum_l c_l (\lVert \mu_l - m_l \rVert + r_{var} \lVert s_l - v_l \rVert)$. Slots do
+    not know of each other; all are recovered side by side. The network itself, and it alone, gives the labels.
 
     Args:
         rho: How far the weights may go, in the norm of all of them: to be found for each network.

@@ -26,9 +26,10 @@ class INFER(Recovered):
     r"""Inter-class feature compensators (Zhang et al. 2025).
 
     Of M teachers each learns one image u for each slot of k real images of every class, which is added to all of them:
-    $\frac{1}{C} \sum_c \mathrm{CE}(f_m(x_c + u), c) + r_{bn} \sum_l c_l (\lVert \mu_l - m_l \rVert + \lVert s_l - v_l \rVert)$. It costs as much as one image
-    and gives C of them. `images_per_class` of the student is a budget of storage: $k = \lfloor n / (1 + M/C) \rfloor$ real images of
-    each class are kept, so that these and the $k M$ compensators are not more, and $k (M + 1)$ are trained on.
+    $\frac{1}{C} \sum_c \mathrm{CE}(f_m(x_c + u), c) + r_{bn} \sum_l c_l (\lVert \mu_l - m_l \rVert + \lVert s_l - v_l \rVert)$.
+    It costs as much as one image and gives C of them. The n images of each class that the student begins with are a budget of
+    storage: $k = \lfloor n / (1 + M/C) \rfloor$ real images of each class are kept, so that these and the $k M$ compensators are
+    not more, and $k (M + 1)$ of each class are trained on.
 
     Labels are the mean of the teachers' logits: one table for the images as they are (`label_epochs=0`, INFER), or one for
     each epoch (INFER+Dyn).
