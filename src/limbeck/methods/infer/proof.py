@@ -56,9 +56,9 @@ def run(method: INFER | DWA | None, dynamic: bool, seed: int, lr: float) -> Tria
 PROOF = Proof(
     claim="With one table of labels, real images with compensators are worth more than as many bytes of real images or of images "
     "recovered by one network (Zhang et al. 2025)",
-    task="8x8 digits at random places of a noisy 12x12 canvas, a budget of 5 images of each class: 3 real ones and 9 compensators "
-    "of three networks with batch normalisation, 100 iterations; all sets are labelled by the three; networks of a fourth kind are "
-    "trained from scratch for 200 steps, twice",
+    task="8x8 digits at random places of a noisy 12x12 canvas, a budget of 5 images of each class: 3 real ones and 9 "
+    "compensators of three networks with batch normalisation, 100 iterations; all sets are labelled by the three; networks of a "
+    "fourth kind are trained from scratch for 200 steps, twice",
     metric="accuracy (%)",
     arms={
         "real images": Arm(partial(run, None, False), "lr", RATES),
