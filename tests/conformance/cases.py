@@ -177,6 +177,16 @@ def rows_of_tables() -> Data:
     """72 such rows of two groups."""
     x = tables().teacher.module.one_hot(torch.stack([torch.arange(72) % n for n in (2, 3, 2)], 1))
     return Data(train=TensorSource(x, (torch.arange(72) // 3) % 2, torch.arange(72)))
+def remembering(teachers: int = 1) -> Roles:
+    """Networks with batch normalisation, and four samples of each class for them."""
+
+    def network(width: int) -> nn.Module:
+        body = [nn.Linear(INPUTS, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, CLASSES)]
+        return nn.Sequential(nn.BatchNorm1d(INPUTS), *body)
+
+    names = ["teacher"] if teachers == 1 else [f"teacher_{i}" for i in range(teachers)]
+    networks = {name: seeded(i, lambda i=i: network(8 + i)) for i, name in enumerate(names)}
+    return Roles(**networks, student=from_source(data().train, 4))
 
 
 def encoders() -> Roles:
@@ -325,6 +335,33 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "data": rows_of_tables,
         "optim": Optim("sgd", lr=0.05),
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "micro_batches": BATCH_WIDE, "processes": BATCH_WIDE},
+    "dwa": {
+        "method": lambda: registry.find("dwa")(
+            rho=0.1,
+            adjustment_steps=2,
+            operations=(),
+            clip=None,
+            classes_at_once=3,
+            label_epochs=2,
+            label_operations=(),
+        ),
+        "roles": remembering,
+        "optim": Optim("adam", lr=0.1),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
+    },
+    "cv_dd": {
+        "method": lambda: registry.find("cv_dd")(
+            priors=(60.0, 65.0, 50.0), operations=(), clip=None, label_epochs=2, label_operations=()
+        ),
+        "roles": partial(remembering, 3),
+        "optim": Optim("adam", lr=0.1),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
+    },
+    "infer": {
+        "method": lambda: registry.find("infer")(operations=(), clip=None, label_epochs=2, label_operations=()),
+        "roles": partial(remembering, 2),
+        "optim": Optim("adam", lr=0.1),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
     },
     "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}},
     "kd3": {
