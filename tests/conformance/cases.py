@@ -177,6 +177,8 @@ def rows_of_tables() -> Data:
     """72 such rows of two groups."""
     x = tables().teacher.module.one_hot(torch.stack([torch.arange(72) % n for n in (2, 3, 2)], 1))
     return Data(train=TensorSource(x, (torch.arange(72) // 3) % 2, torch.arange(72)))
+
+
 def remembering(teachers: int = 1) -> Roles:
     """Networks with batch normalisation, and four samples of each class for them."""
 
@@ -271,8 +273,16 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
     },
     "snoopi": {
         "method": lambda: registry.find("snoopi")(ema=0.5),
+        "roles": denoisers,
+        "data": noise,
+        "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
+    },
     "phased_dmd": {
         "method": lambda: registry.find("phased_dmd")(steps=4, phases=2, guidance=2.0, fake_steps=2),
+        "roles": denoisers,
+        "data": noise,
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": SURROGATE},
+    },
     "disback": {
         "method": lambda: registry.find("disback")(nodes=(2, 6), switch=1, guidance=2.0, fake_steps=2, ema=0.5),
         "roles": denoisers,
@@ -284,6 +294,7 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "roles": denoisers,
         "optim": Optim("sgd", lr=0.02),
         "exceptions": {"own_loop": "its program makes the student a sampler", "falls": SURROGATE},
+    },
     "msd": {
         "method": lambda: registry.find("msd")(
             2, guidance=2.0, fake_steps=2, match_steps=6, gan_weight=0.1, gan_start=0.3, discriminator="net.body"
@@ -335,6 +346,7 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "data": rows_of_tables,
         "optim": Optim("sgd", lr=0.05),
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "micro_batches": BATCH_WIDE, "processes": BATCH_WIDE},
+    },
     "dwa": {
         "method": lambda: registry.find("dwa")(
             rho=0.1,

@@ -285,6 +285,8 @@ def test_the_recipe_of_prompts_takes_a_real_step(tmp_path: Path, monkeypatch: py
     after = {role: list(result.roles[role].parameters()) for role in ("teacher", "student")}
     assert all(torch.equal(a, b) for a, b in zip(before["teacher"], after["teacher"], strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(before["student"], after["student"], strict=True))
+
+
 NEGATIVES = """
 def prompts_and_negatives():
     tokens = torch.tensor([[0, 2, 3, 1, 1, 1], [0, 4, 5, 6, 1, 1]])
@@ -371,6 +373,8 @@ def test_the_recipe_of_clips_takes_a_real_step(tmp_path: Path, monkeypatch: pyte
         t = torch.ones(2)
         expected = result.roles.student.module.eval()(batch.x, t=t, condition=batch.y)
         assert loaded(batch.x, t=t, condition=batch.y).equal(expected)
+
+
 VIDEO = """
 import torch
 from diffusers import WanTransformer3DModel
