@@ -12,13 +12,13 @@ from torch import Tensor
 from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
-from limbeck.core.roles import Role, Roles
+from limbeck.core.roles import Roles
 from limbeck.core.stages import Collect, Convert, Stage
 from limbeck.data.augment import Mix, Views, augment
-from limbeck.data.condensed import Become, Condensed
+from limbeck.data.condensed import Condensed
 from limbeck.diffusion.draws import Draws
 from limbeck.methods.checks import check_field
-from limbeck.teachers.relabel import epoch_labels, mean_logits, static_labels, with_labels
+from limbeck.teachers.relabel import GiveLabels, epoch_labels, mean_logits, static_labels
 from limbeck.teachers.statistics import Recovery, batch_norms
 
 
@@ -128,20 +128,19 @@ class Recovered(Method):
             m: The roles.
             parts: A batch is divided into so many, where labels come from its statistics.
         """
-        views, teachers = self.views(m.seed), list(m.teachers.values())
-        by_batch: list[Role] = teachers if self.label_statistics == "batch" else []
+        views = self.views(m.seed)
 
         def label(m: Roles, folder: Any) -> Tensor:
-            small: Any = m.student.module
+            small, teachers = m.student.module, list(m.teachers.values())
+            assert isinstance(small, Condensed)
+            by_batch = teachers if self.label_statistics == "batch" else []
             answer = mean_logits(teachers, self.weights(m))
             if views is None:
                 return static_labels(small, answer).cpu()
             return epoch_labels(small, answer, views, self.label_epochs, by_batch, parts if by_batch else 1)
 
         found = yield Collect("labels", label)
-        small: Any = m.student.module  # as it was trained
-        labelled = with_labels(small, found.value, views, self.temperature)
-        yield Convert("student", Become(labelled), name="give soft labels")
+        yield Convert("student", GiveLabels(found.value, views, self.temperature), name="give soft labels")
 
 
 def total(losses: list[Tensor], student: Condensed, units: int) -> Tensor:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from limbeck.core.roles import Role
 from limbeck.data.augment import Views
-from limbeck.data.condensed import Condensed
+from limbeck.data.condensed import Become, Condensed
 from limbeck.teachers.statistics import batch_statistics
 
 Answer = Callable[[Tensor], Tensor]
@@ -80,7 +80,7 @@ def epoch_labels(
     return torch.stack(tables)
 
 
-def with_labels(condensed: Condensed, soft: Tensor, views: Views | None, temperature: float) -> Condensed:
+def with_labels(condensed: Condensed, soft: Tensor | None, views: Views | None, temperature: float) -> Condensed:
     """A copy of a set with soft labels, and what a training has to know of them."""
     told: dict[str, Any] = {"temperature": temperature}
     if views is not None:
@@ -89,3 +89,23 @@ def with_labels(condensed: Condensed, soft: Tensor, views: Views | None, tempera
         condensed.x, condensed.y, soft=soft, compensators=condensed.compensators, composed=condensed.composed,
         learn=[name for name, p in condensed.named_parameters() if p.requires_grad], info=condensed.info | told,
     )  # fmt: skip
+
+
+@dataclass(frozen=True, eq=False)
+class GiveLabels:
+    """Soft labels for the set that a role is by then, as a conversion.
+
+    Args:
+        soft: As for `Condensed`; None in a plan.
+        views: As for `epoch_labels`; None for labels of the samples as they are.
+        temperature: Of a training.
+    """
+
+    soft: Tensor | None
+    views: Views | None
+    temperature: float
+
+    def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """A copy of the set with labels, and the record that makes one of its form."""
+        assert isinstance(module, Condensed)
+        return Become(with_labels(module, self.soft, self.views, self.temperature))(module)

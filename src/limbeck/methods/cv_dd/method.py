@@ -28,8 +28,9 @@ class CVDD(Recovered):
 
     A slot, one image of each class, is recovered by some members S of the committee:
     $\sum_{m \in S} w_m (\mathrm{CE}(f_m(x), y) + r_{bn} \sum_l c_l (\lVert \mu_l - m_l \rVert + \lVert s_l - v_l \rVert))$,
-    all of them on one view, with $w_m = e^{a_m / T} / \sum_{k \in S} e^{a_k / T}$. Labels are the members' mean logits, weighed over the whole committee,
-    on the very batches that a training will see, normalised by the statistics of these (BSSL).
+    all of them on one view, with $w_m = e^{a_m / T} / \sum_{k \in S} e^{a_k / T}$. Labels are the members' mean logits,
+    weighed over the whole committee, on the very batches that a training will see, normalised by the statistics of these
+    (BSSL).
 
     Args:
         members: Teachers of a slot; at most as many as there are.
