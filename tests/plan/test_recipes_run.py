@@ -240,9 +240,10 @@ def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monk
     names = {"teacher": "teacher", "data": "prompts"}
     if name.startswith("vsd"):
         names = {"teacher": "teacher", "data": "one_prompt", "student": "particles"}
+    few = {"method.nodes": [1, 2], "method.switch": 1} if name.startswith("disback") else {}
     given: dict[str, Any] = {field: f"{tmp_path / 'small.py'}:{function}" for field, function in names.items()}
     given |= {"engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu",
-              "engine.precision": "fp32", "out": str(tmp_path / "run")}  # fmt: skip
+              "engine.precision": "fp32", "out": str(tmp_path / "run")} | few  # fmt: skip
     recipe = Recipe.load(RECIPES / f"{name}.yaml", [f"{field}={json.dumps(value)}" for field, value in given.items()])
     job = build(recipe)
     before = [p.clone() for p in job.roles.student.parameters()]
@@ -453,3 +454,34 @@ def test_the_recipe_of_average_velocities_takes_a_real_step(tmp_path: Path, monk
     loaded, batch = load(tmp_path / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
     with torch.no_grad():
         assert loaded(batch.x, condition=batch.y).equal(student(batch.x, condition=batch.y))
+def test_the_recipe_of_several_students_takes_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("torchvision")
+    (tmp_path / "small.py").write_text(
+        f"import sys\n\nsys.path.insert(0, {str(RECIPES)!r})\n"
+        "import torch\nfrom imagenet64 import denoiser\nfrom limbeck.data import Data, TensorSource\n\n\n"
+        "def teacher():\n    return denoiser(8, 1, classes=4)\n\n\ndef student():\n    return denoiser(4, 1, classes=4)\n\n\n"
+        "def images():\n    x = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))\n"
+        "    return Data(train=TensorSource(x, torch.arange(16) % 4))\n"
+    )
+    names = {"teacher": "teacher", "student": "student", "data": "images"}
+    given: dict[str, Any] = {field: f"{tmp_path / 'small.py'}:{function}" for field, function in names.items()}
+    given |= {
+        "engine.steps": 6, "engine.batch_size": 8, "engine.micro_batches": 2, "engine.device": "cpu", "engine.workers": 0,
+        "engine.precision": "fp32", "engine.log_every": 1, "method.match_steps": 2, "method.students": 2,
+        "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    recipe = Recipe.load(RECIPES / "msd-imagenet64.yaml", [f"{f}={json.dumps(value)}" for f, value in given.items()])
+    job = build(recipe)
+    frozen = [p.clone() for p in job.roles.teacher.parameters()]
+    result = run(job, progress="off")
+    first, second = result.roles.student.module.experts
+    both = list(zip(first.parameters(), second.parameters(), strict=True))
+    assert sum(not torch.equal(a, b) for a, b in both) > len(both) / 2  # each went its own way
+    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
+    rows = [row for row in result.history if "train/loss/fake" in row]
+    assert len(rows) == 6
+    loaded = load(tmp_path / "run", trust=True)
+    z, y = torch.randn(4, 3, 16, 16), torch.arange(4)
+    with torch.no_grad():
+        assert loaded(z, condition=y).equal(result.roles.student.module.eval()(z, condition=y))
