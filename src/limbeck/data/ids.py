@@ -36,6 +36,20 @@ def mix(words: Tensor) -> Tensor:
     return words ^ _shifted(words, 31)
 
 
+def mixed(word: int) -> int:
+    """`mix` of one number, without tensors: the same bits, as a number of 64 bits without sign.
+
+    Example:
+        >>> mixed(3) == int(mix(torch.tensor(3))) % (1 << 64)
+        True
+    """
+    every = (1 << 64) - 1
+    word = (word + _STEP) & every
+    for shift, multiplier in _MULTIPLIERS:
+        word = ((word ^ (word >> shift)) * multiplier) & every
+    return word ^ (word >> 31)
+
+
 def digest(*parts: Any) -> str:
     """A hash of texts, bytes and tensors (their values and shapes) as 16 hexadecimal digits.
 
