@@ -454,6 +454,8 @@ def test_the_recipe_of_average_velocities_takes_a_real_step(tmp_path: Path, monk
     loaded, batch = load(tmp_path / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
     with torch.no_grad():
         assert loaded(batch.x, condition=batch.y).equal(student(batch.x, condition=batch.y))
+
+
 def test_the_recipe_of_several_students_takes_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     pytest.importorskip("torchvision")
