@@ -66,6 +66,9 @@ TEXTS = {
     "vsd-sd21-images": "has a test of its own below",
     "phased-dmd-wan": "has a test of its own below",
     "mdt-dist-sd3": "has a test of its own below",
+    "dwa-imagenet-resnet18": "has a test of its own below",
+    "cv-dd-imagenet": "has a test of its own below",
+    "infer-imagenet": "has a test of its own below",
 }
 
 
@@ -487,3 +490,75 @@ def test_the_recipe_of_several_students_takes_real_steps(tmp_path: Path, monkeyp
     z, y = torch.randn(4, 3, 16, 16), torch.arange(4)
     with torch.no_grad():
         assert loaded(z, condition=y).equal(result.roles.student.module.eval()(z, condition=y))
+# Small networks of the classes of torchvision's models that remember batch statistics.
+REMEMBERING = """
+from functools import partial
+
+from torchvision.models import DenseNet, EfficientNet, MobileNetV2, ResNet, ShuffleNetV2
+from torchvision.models.efficientnet import MBConvConfig
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+def resnet18():
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+
+def resnet50():
+    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5)
+
+def shufflenet():
+    return ShuffleNetV2([1, 1, 1], [8, 8, 16, 32, 32], num_classes=5)
+
+def mobilenet():
+    return MobileNetV2(num_classes=5, width_mult=0.25)
+
+def densenet():
+    return DenseNet(4, (1, 1, 1, 1), 8, num_classes=5)
+
+def efficientnet():
+    return EfficientNet([MBConvConfig(1, 3, 1, 8, 8, 1, 1, 1), MBConvConfig(2, 3, 2, 8, 16, 1, 1, 1)], 0.2, num_classes=5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "teachers"),
+    [
+        ("dwa-imagenet-resnet18", ["resnet18"]),
+        ("cv-dd-imagenet", ["resnet18", "resnet50", "shufflenet", "mobilenet", "densenet"]),
+        ("infer-imagenet", ["resnet18", "mobilenet", "efficientnet"]),
+    ],
+)
+def test_a_recipe_of_recovery_takes_real_steps(
+    name: str, teachers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchvision")
+    from limbeck.evaluate import tasks
+    from limbeck.evaluate.condensation import Condensation, Training
+
+    few = Training(steps=2)
+    monkeypatch.setattr(tasks, "Condensation", lambda source, size: Condensation(source, size, few))
+    images(tmp_path)
+    (tmp_path / "small.py").write_text(REMEMBERING)
+    specs = [f"{tmp_path / 'small.py'}:{teacher}" for teacher in teachers]
+    given: dict[str, Any] = {
+        "teacher": specs if len(specs) > 1 else specs[0], "student": "condensed:4", "data.spec": str(tmp_path / "data"),
+        "data.image_size": 32, "engine.steps": 2, "engine.batch_size": 8, "engine.micro_batches": 2, "engine.device": "cpu",
+        "engine.precision": "fp32", "engine.workers": 0, "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    if name != "infer-imagenet":
+        given |= {"method.classes_at_once": 3, "method.label_epochs": 2}
+    overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
+    job = build(Recipe.load(RECIPES / f"{name}.yaml", overrides))
+    before = {n: {k: v.clone() for k, v in r.module.state_dict().items()} for n, r in job.roles.teachers.items()}
+    begun = job.roles.student.module.x.detach().clone()
+    result = run(job, progress="off")
+    small: Any = result.roles.student.module
+    for role, state in before.items():
+        assert all(v.equal(state[k]) for k, v in result.roles[role].module.state_dict().items())
+    if name == "infer-imagenet":
+        assert small.compensators.any()
+        assert (len(small.x), len(small.compensators), len(small)) == (10, 6, 40)
+        assert small.soft.shape == (40, 5)
+    else:
+        assert not small.x.equal(begun)
+        assert small.soft.shape == (2, 20, 5)
+    assert 0 <= result.metrics["top1"] <= 1
+    assert load(tmp_path / "run")().equal(small())
