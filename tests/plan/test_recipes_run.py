@@ -490,6 +490,8 @@ def test_the_recipe_of_several_students_takes_real_steps(tmp_path: Path, monkeyp
     z, y = torch.randn(4, 3, 16, 16), torch.arange(4)
     with torch.no_grad():
         assert loaded(z, condition=y).equal(result.roles.student.module.eval()(z, condition=y))
+
+
 # Small networks of the classes of torchvision's models that remember batch statistics.
 REMEMBERING = """
 from functools import partial
