@@ -124,6 +124,7 @@ class Ema:
         every: Whether the average moves after each update of the role or at the end of each epoch.
         buffers: Whether buffers (BatchNorm statistics) are copied or averaged; integers are always copied.
         warmup: Use `min(decay, (1 + n) / (10 + n))` at the n-th move, so that the start is forgotten faster.
+        until: Moves after which it stays as it is; with a decay of 0 it is then a copy of the role from that time.
 
     Example:
         >>> Ema("student", decay=0.5).every
@@ -135,6 +136,7 @@ class Ema:
     every: Literal["step", "epoch"] = "step"
     buffers: Literal["copy", "average"] = "copy"
     warmup: bool = False
+    until: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -143,6 +145,8 @@ class Ema:
     @torch.no_grad()
     def move(self, average: nn.Module, source: nn.Module, moves: int = 0) -> None:
         """Move `average` towards `source` in place; `moves` counts the earlier moves."""
+        if self.until is not None and moves >= self.until:
+            return
         decay = min(self.decay, (1 + moves) / (10 + moves)) if self.warmup else self.decay
         old = dict(average.named_parameters())
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = [

@@ -22,7 +22,9 @@ from limbeck.evaluate.cost import evaluating
 from limbeck.losses.logits import soft_cross_entropy
 
 SGD = Optim("sgd", lr=0.02, momentum=0.9, weight_decay=5e-4, schedule="step", milestones=(0.5,))
-ADAMW = Optim("adamw", lr=1e-3, weight_decay=0.01, schedule="cosine")  # soft labels at a temperature give small gradients
+ADAMW = Optim(
+    "adamw", lr=1e-3, weight_decay=0.01, schedule="cosine"
+)  # soft labels at a temperature give small gradients
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from limbeck.core.recipe import Recipe
 from limbeck.core.roles import Role, Roles
 from limbeck.data import Data, embedded, load_data
 from limbeck.data.condensed import blank, condensed_size
+from limbeck.data.condensed_graphs import GRAPHS, empty
 from limbeck.data.options import DataOptions
 from limbeck.data.sources import Rows
 from limbeck.engine.settings import Engine
@@ -105,11 +106,13 @@ def draft(recipe: Recipe, samples: int | None = None) -> Draft:
     teacher = modules.get("teacher")
     if "teacher" in recipe.method.logits:
         _check_classes(teacher, classes)
-    each = condensed_size(recipe.student)
-    student: Any = None if each else student_of(recipe.student, teacher, classes, _load)[0]
+    each = None if recipe.student == GRAPHS else condensed_size(recipe.student)
+    student: Any = None
+    if not each:
+        student = empty() if recipe.student == GRAPHS else student_of(recipe.student, teacher, classes, _load)[0]
     taught, known = None, student or teacher or next(iter(modules.values()), nn.Module())
     if found is not None:
-        read, other = tokenised(Data(**{n: s for n, s in found.items() if n != "test"}), teacher, student or teacher)
+        read, other = tokenised(Data(**{n: s for n, s in found.items() if n != "test"}), teacher, known)
         data, taught = read, None if other is None else other.train
     else:
         count = samples or recipe.engine.batch_size
