@@ -8,7 +8,7 @@ import torch
 import limbeck
 from limbeck import Roles
 from limbeck.core.errors import UsageError
-from limbeck.data import Data, TensorSource
+from limbeck.data import Data, TensorSource, load_data
 from limbeck.data.condensed_graphs import CondensedGraphs, empty, train_on_sets
 from limbeck.data.graphs import Graph, Graphs, from_pyg, motifs, read_tu, union
 from limbeck.data.trees import Trees, frequent_sets, transactions
@@ -250,6 +250,17 @@ def test_graphs_of_other_libraries_and_files(tmp_path):
 
 
 TOY = {"A": "1, 2\n2, 1\n3, 4\n4, 3\n", "graph_indicator": "1\n1\n2\n2\n", "graph_labels": "-1\n1\n"}
+
+
+def test_parts_of_graphs_are_graphs():
+    source = motifs(100)
+    data = load_data({"train": source})
+    Mirage().check_data(data)
+    assert sum(len(s) for _, s in data.items()) == 100
+    few = source.subset([5, 2])
+    assert few.ids.tolist() == [5, 2]
+    assert few.graphs[1] is source.graphs[2]
+    assert few.labels.equal(source.labels[[5, 2]])
 
 
 def toy(folder, **files):

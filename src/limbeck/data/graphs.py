@@ -85,6 +85,12 @@ class Graphs(Rows):
         assert self.labels is not None
         return Batch(id=self.ids[rows], view=torch.full_like(rows, view), y=self.labels[rows], x=x)
 
+    def subset(self, rows: Tensor | Sequence[int]) -> Graphs:
+        """The graphs at positions `rows`, with their ids."""
+        assert self.labels is not None
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        return Graphs([self.graphs[row] for row in rows.tolist()], self.labels[rows], self.ids[rows])
+
     def fingerprint(self) -> str:
         """Of all graphs and labels."""
         parts = [t for g in self.graphs for t in (g.nodes, g.edges, g.edge_labels) if t is not None]

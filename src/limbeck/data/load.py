@@ -31,8 +31,8 @@ def load_data(spec: Any, *, tokenizer: Callable[..., Any] | str | None = None, *
     Args:
         spec: A name (`digits`, `iris`, `wine`, `breast_cancer`, `superclasses`, `shapes`, `docstrings`); a folder of images (one
             folder for each class, below `train/`, `val/`, `test/` or not) or of graphs (see `read_tu`); a `.parquet`, `.csv`,
-            `.tsv`, `.jsonl` or `.txt` file (one sentence a line) or a folder of them; `hf:NAME` or `hf:NAME:CONFIG` for Hugging Face
-            `datasets`; `condensed:FOLDER` for what a condensing method made; `file.py:function` or
+            `.tsv`, `.jsonl` or `.txt` file (one sentence a line) or a folder of them; `hf:NAME` or `hf:NAME:CONFIG` for
+            Hugging Face `datasets`; `condensed:FOLDER` for what a condensing method made; `file.py:function` or
             `package.module:factory` that returns any of the following; a `Data`, a mapping of splits, a source, a data
             set or data loader of torch, tensors `(x, y)`.
         tokenizer: For texts; see `TextSource`, and `DataOptions` for names.
