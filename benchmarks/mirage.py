@@ -12,6 +12,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from measuring import machine, options, report, spread
 
-from limbeck.core.errors import require
 from limbeck.core.optim import Optim
 from limbeck.data.condensed_graphs import CondensedGraphs, train_on_sets
 from limbeck.data.graphs import Graph, Graphs
@@ -92,8 +92,10 @@ def extraction(source: Graphs, repeats: int) -> dict[str, Any]:
 
 def mining(source: Graphs, repeats: int) -> dict[str, Any]:
     """Bit sets, and FP-growth of mlxtend, by threshold; both find the same."""
-    fpgrowth = require("mlxtend.frequent_patterns", extra="graph").fpgrowth
-    pandas = require("pandas", extra="graph")
+    pandas, fpgrowth = (
+        import_module("pandas"),
+        import_module("mlxtend.frequent_patterns").fpgrowth,
+    )  # pip install mlxtend
     found: dict[str, Any] = {}
     seen = transactions(source.graphs, DEPTH, Trees())
     rows = [t for t, y in zip(seen, source.labels.tolist(), strict=True) if y == 1]
