@@ -121,7 +121,6 @@ def stored(g: Graph) -> int:
 def few(source: Graphs, budget: int, size: Callable[[Graph], int], seed: int) -> Graphs:
     """Random whole graphs up to a budget, at least one of each class."""
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
-    assert source.labels is not None
     rows = [next(i for i in order if int(source.labels[i]) == c) for c in (0, 1)]
     left = budget - sum(size(source.graphs[i]) for i in rows)
     for i in order:

@@ -14,7 +14,7 @@ import torch
 from cases import CASES, INPUTS, METHODS, SGD, bits, data, rows, run, run_killed, stages_of
 from torch._subclasses import FakeTensorMode
 
-from limbeck import Batch, Engine, Train
+from limbeck import Batch, Convert, Engine, Train
 from limbeck.convert.record import load_student, save_student
 from limbeck.core import registry
 from limbeck.core.method import updates
@@ -68,15 +68,17 @@ def test_the_loss_falls(name):
     for stage in {row["stage"] for row in history}:
         losses = [row["train/loss/student"] for row in history if row["stage"] == stage and "train/loss/student" in row]
         third = max(1, len(losses) // 3)
-        assert sum(losses[-third:]) < 0.95 * sum(losses[:third])
+        assert not losses or sum(losses[-third:]) < 0.95 * sum(losses[:third])
 
 
 @applies_to("every")
 def test_frozen_roles_do_not_change(name):
     result, before, _ = whole(name)
-    trained = {role for stage in stages_of(CASES[name]) if isinstance(stage, Train) for role in stage.roles}
+    stages = stages_of(CASES[name])
+    trained = {role for stage in stages if isinstance(stage, Train) for role in stage.roles}
+    trained |= {stage.role for stage in stages if isinstance(stage, Convert)}
     frozen = {key for key in before if key.split(".")[0] not in trained}
-    assert frozen or name == "alternating"
+    assert frozen or name in ("alternating", "fair_latent", "mirage")  # all of whose roles learn, or are made
     assert_same({k: v for k, v in bits(result.roles).items() if k in frozen}, {k: before[k] for k in frozen})
 
 

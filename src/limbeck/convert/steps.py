@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from limbeck.core.errors import UsageError
 from limbeck.diffusion.sampler import Experts, Sampler
 from limbeck.diffusion.sampling import Noise
 
@@ -72,3 +73,39 @@ class ToExperts:
 def to_experts(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
     """The structure of experts, from the record of their conversion."""
     return ToExperts(record["bounds"], record["owners"])(module)[0]
+
+
+@dataclass(frozen=True)
+class Focus:
+    """A copy in which one of several experts learns, and the others stay as they are.
+
+    What learns in it is what learned in any of them: of experts with adapters, the adapters.
+
+    Args:
+        expert: Which.
+
+    Example:
+        >>> two = ToExperts(bounds=(0.5,))(nn.Sequential(nn.Linear(2, 2)))[0]
+        >>> [p.requires_grad for p in Focus(1)(two)[0].parameters()]
+        [False, False, True, True]
+    """
+
+    expert: int
+
+    def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """The copy, and the record that rebuilds it."""
+        twin = copy.deepcopy(module)
+        experts = next((part.experts for part in twin.modules() if isinstance(part, Experts)), None)
+        if experts is None or not 0 <= self.expert < len(experts):
+            found = "no experts" if experts is None else f"{len(experts)} experts"
+            raise UsageError("there is no such expert", where="expert", found=found, expected=f"expert {self.expert}")
+        learns = {name for part in experts for name, p in part.named_parameters() if p.requires_grad}
+        for k, part in enumerate(experts):
+            for name, p in part.named_parameters():
+                p.requires_grad_(k == self.expert and name in learns)
+        return twin, {"kind": f"{__name__}:focus", "expert": self.expert}
+
+
+def focus(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+    """The structure in which one expert learns, from the record of its conversion."""
+    return Focus(record["expert"])(module)[0]

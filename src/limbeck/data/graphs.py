@@ -51,6 +51,7 @@ class Graphs(Rows):
     """
 
     views = 1
+    labels: Tensor
 
     def __init__(self, graphs: Sequence[Graph], y: Tensor | Sequence[int] | None, ids: Tensor | None = None) -> None:
         if y is None:
@@ -82,12 +83,10 @@ class Graphs(Rows):
     def batch(self, rows: Tensor, view: int) -> Batch:
         """The graphs at positions `rows` `[B]`, side by side."""
         x = union([self.graphs[row] for row in rows.tolist()])
-        assert self.labels is not None
         return Batch(id=self.ids[rows], view=torch.full_like(rows, view), y=self.labels[rows], x=x)
 
     def subset(self, rows: Tensor | Sequence[int]) -> Graphs:
         """The graphs at positions `rows`, with their ids."""
-        assert self.labels is not None
         rows = torch.as_tensor(rows, dtype=torch.int64)
         return Graphs([self.graphs[row] for row in rows.tolist()], self.labels[rows], self.ids[rows])
 

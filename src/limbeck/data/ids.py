@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from limbeck.core.errors import UsageError
 
 _WORDS = 1 << 16  # 64-bit words hashed at a time: 0.5 MB stay in the cache
+_ALL = 1 << 64  # words are of 64 bits
 # Multipliers of the splitmix64 generator (Steele, Lea and Flood 2014) as signed numbers.
 _STEP = 0x9E3779B97F4A7C15 - (1 << 64)
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)))
@@ -34,6 +35,19 @@ def mix(words: Tensor) -> Tensor:
     for shift, multiplier in _MULTIPLIERS:
         words = (words ^ _shifted(words, shift)) * multiplier
     return words ^ _shifted(words, 31)
+
+
+def mixed(word: int) -> int:
+    """As `mix`, of one number, whose bits below 2^64 count.
+
+    Example:
+        >>> mixed(7) % 2**64 == int(mix(torch.tensor([7]))[0]) % 2**64
+        True
+    """
+    word = (word + _STEP) % _ALL
+    for shift, multiplier in _MULTIPLIERS:
+        word = (word ^ word >> shift) * multiplier % _ALL
+    return word ^ word >> 31
 
 
 def digest(*parts: Any) -> str:
@@ -191,6 +205,11 @@ def normals(keys: Tensor, count: int) -> Tensor:
     first, second = uniforms(keys, 2 * ((count + 1) // 2)).chunk(2, dim=1)  # Box and Muller make two of two
     radius, angle = (-2 * (1 - first).log()).sqrt(), 2 * math.pi * second
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
+
+
+def numbers(ids: Tensor) -> list[int]:
+    """As whole numbers; zeros for fake tensors, which have no values."""
+    return ids.tolist() if type(ids) is Tensor else [0] * len(ids)
 
 
 def _shifted(words: Tensor, by: int) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import zlib
 
-import torch
 from torch import Tensor
 
 from limbeck.core.batch import Batch
 from limbeck.core.roles import Roles
-from limbeck.data.ids import mix, normals, uniforms
+from limbeck.data.ids import mix, mixed, normals, uniforms
 
 
 class Draws:
@@ -29,7 +28,7 @@ class Draws:
 
     def __init__(self, m: Roles, batch: Batch) -> None:
         self._keys = mix(mix(batch.id + (m.seed << 32)) + m.step)
-        self._once = mix(mix(torch.tensor([m.seed << 32])) + m.step)
+        self._once = mixed(mixed(m.seed << 32) + m.step)
 
     def uniform(self, name: str) -> Tensor:
         """A number in [0, 1) for each sample `[B]`, fp32."""
@@ -37,7 +36,8 @@ class Draws:
 
     def once(self, name: str) -> float:
         """A number in [0, 1) for the whole step, the same in all micro-batches and processes."""
-        return float(uniforms(mix(self._once + zlib.crc32(name.encode())), 1).clamp(max=1 - 2**-24))
+        word = mixed(mixed(self._once + zlib.crc32(name.encode())))  # in plain numbers, which a plan can follow
+        return min((word >> 11) / (1 << 53), 1 - 2**-24)
 
     def normal(self, name: str, like: Tensor) -> Tensor:
         """Standard normal numbers in the shape, dtype and device of `like` `[B, ...]`."""

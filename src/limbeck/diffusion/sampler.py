@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from limbeck.core.errors import UsageError
 from limbeck.diffusion.sampling import Noise, few_step
@@ -70,10 +71,13 @@ class Sampler(nn.Module):
         denoiser: Any = self.denoiser
         return denoiser.null_like(condition)
 
-    def forward(self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        """`x_0` at times `[B]`; without them samples, made of the noise `x_t` `[B, ...]` in all steps."""
+    def forward(
+        self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None, expert: int | None = None
+    ) -> Tensor:
+        """`x_0` at times `[B]`, by one expert where it is named; without them samples, made of the noise `x_t` in all steps."""
         if t is not None:
-            return self.denoiser(x_t, t=t, condition=condition)
+            chosen = {} if expert is None else {"expert": expert}
+            return self.denoiser(x_t, t=t, condition=condition, **chosen)
         return few_step(self.denoiser, x_t, self.schedule, self.times, condition, noise=self.noise)
 
 
@@ -142,17 +146,32 @@ class Experts(nn.Module):
         inside = condition < len(self.owners)
         return torch.where(inside, self.owners[condition.clamp(max=len(self.owners) - 1)], 0)
 
-    def forward(self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
-        """`x_0` of each sample, by its own expert."""
+    def forward(
+        self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None, expert: int | None = None
+    ) -> Tensor:
+        """`x_0` of each sample by its own expert, or of all by the one that is named, which spares reading the times."""
         x_t, t = self.schedule.from_noise(x_t, t)
+        if expert is not None:
+            return self.experts[expert](x_t, t=t, condition=condition)
         chosen = self.route(t, condition)
-        present = chosen.unique().tolist()
-        if len(present) == 1:
-            return self.experts[present[0]](x_t, t=t, condition=condition)
-        parts, places = [], []
-        for k in present:
-            rows = (chosen == k).nonzero()[:, 0]
+        found = shares(chosen, len(self.experts))
+        if len(found) == 1:
+            return self.experts[found[0][0]](x_t, t=t, condition=condition)
+        parts = []
+        for k, rows in found:
             own = None if condition is None else condition[rows]
             parts.append(self.experts[k](x_t[rows], t=t[rows], condition=own))
-            places.append(rows)
-        return torch.cat(parts)[torch.cat(places).argsort()]
+        return torch.cat(parts)[torch.cat([rows for _, rows in found]).argsort()]
+
+
+def shares(chosen: Tensor, count: int) -> list[tuple[int, Tensor]]:
+    """The rows of each of `count` experts that some samples `[B]` chose; in a plan, which has no values, equal shares.
+
+    Example:
+        >>> shares(torch.tensor([2, 0, 2]), 3)
+        [(0, tensor([1])), (2, tensor([0, 2]))]
+    """
+    if is_fake(chosen):
+        parts = torch.arange(len(chosen), device=chosen.device).tensor_split(count)
+        return [(k, rows) for k, rows in enumerate(parts) if len(rows)]
+    return [(k, (chosen == k).nonzero()[:, 0]) for k in chosen.unique().tolist()]

@@ -18,6 +18,16 @@ Prediction = Literal["sample", "epsilon", "v_prediction", "flow_prediction"]
 PREDICTIONS = ("sample", "epsilon", "v_prediction", "flow_prediction")
 
 
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Times in [0, 1] moved towards noise: `shift t / (1 + (shift - 1) t)`.
+
+    Example:
+        >>> shifted(torch.tensor([0.75, 0.5, 0.25]), 5.0)
+        tensor([0.9375, 0.8333, 0.6250])
+    """
+    return shift * t / (1 + (shift - 1) * t)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How much of the sample and how much noise `x_t` holds at time t, from 0 (clean) to `last` (noise).
@@ -174,8 +184,7 @@ class RectifiedFlow(Schedule):
             >>> RectifiedFlow(shift=5.0).grid(4)
             tensor([1.0000, 0.9375, 0.8333, 0.6250, 0.0000])
         """
-        t = super().grid(steps)
-        return self.shift * t / (1 + (self.shift - 1) * t)
+        return shifted(super().grid(steps), self.shift)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,9 @@ def draft(recipe: Recipe, samples: int | None = None) -> Draft:
         student = empty() if recipe.student == GRAPHS else student_of(recipe.student, teacher, classes, _load)[0]
     taught = None
     if found is not None:
-        read, other = tokenised(Data(**{n: s for n, s in found.items() if n != "test"}), teacher, student or teacher)
+        read, other = tokenised(
+            Data(**{n: s for n, s in found.items() if n != "test"}), teacher, student or teacher or nn.Module()
+        )
         data, taught = read, None if other is None else other.train
     elif recipe.student == GRAPHS:
         data = Data(train=motifs(samples or recipe.engine.batch_size))

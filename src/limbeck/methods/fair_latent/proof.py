@@ -52,7 +52,8 @@ def _only(step: Callable[[Roles, Batch], Any]) -> Callable[[Roles, Batch], Any]:
 
 def scores(net: Any, seed: int, split: int, literal: bool) -> dict[str, float]:
     """The numbers of a logistic regression on a model's rows."""
-    train, other = splits(seed)[1], splits(seed)[split]
+    _, train, *others = splits(seed)
+    other = others[split - 2]
     batch, real = train.batch(torch.arange(len(train)), 0), other.batch(torch.arange(len(other)), 0)
     rows = net.codes(batch.x) if net.decoder is None else synthesise(net, batch.x, batch.y, seed, literal)[0]
     true = net.codes(real.x)

@@ -95,7 +95,6 @@ class Mirage(Method):
         seen = transactions(source.graphs, self.depth, trees)
         if not self.single_trees:
             seen = [frozenset(c for c in items if trees.keys[c][2]) for items in seen]
-        assert source.labels is not None
         labels, found = source.labels.tolist(), {}
         for c, threshold in self._thresholds(sorted(set(labels))).items():
             mine = [items for items, label in zip(seen, labels, strict=True) if label == c]

@@ -20,7 +20,7 @@ from limbeck.core.roles import Roles
 from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
-from limbeck.diffusion.matching import adversarial, bounded, check_discriminator, discriminator_scores
+from limbeck.diffusion.matching import bounded, check_discriminator, discriminator_scores, telling
 from limbeck.diffusion.objectives import per_sample, sid_loss
 from limbeck.diffusion.sampling import Noise, few_step
 from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss, noisy, predicted, schedule_of
@@ -129,11 +129,11 @@ class SiD(Method):
         with torch.no_grad():
             x = self.generate(m, draws, batch, "fake")
         loss = denoising_loss(
-            m, "fake", draws, x, condition, times=self.fake_times, dropout=self.dropout, guidance=self._scale("train"),
+            m, "fake", draws, x, condition, times=self.fake_times, dropout=self._dropout(), guidance=self._scale("train"),
             weight=_flow if self.weight == "flow" else bounded,
         )  # fmt: skip
         if self.gan_weight:
-            loss = loss + adversarial(m, draws, self.discriminator, batch.x, x, condition, times=self.times)[1] / 2
+            loss = loss + telling(m, draws, self.discriminator, batch.x, x, condition, times=self.times) / 2
         yield Update("fake", loss)
         yield self.improve(m, draws, batch)
 
@@ -156,16 +156,19 @@ class SiD(Method):
     def generate(self, m: Roles, draws: Draws, batch: Batch, name: str) -> Tensor:
         """The student's samples after k of its steps, k drawn for all; the gradient goes through the last of them."""
         z = draws.normal(f"{name} noise", batch.x) if self.gan_weight or name == "fake" else batch.x
-        k = 1 + int(self.steps * draws.once("steps"))
         times: Any = getattr(m.student.module, "times", torch.tensor([schedule_of(m.student).last]))
+        k = 1 + int(len(times) * draws.once("steps"))
         return few_step(
             m.student, z, schedule_of(m.student), times, batch.get("y"), self.noise,
-            fresh=lambda i: draws.normal(f"{name} step {i}", z), upto=min(k, len(times)),
+            fresh=lambda i: draws.normal(f"{name} step {i}", z), upto=k,
         )  # fmt: skip
 
     def _scale(self, where: str) -> float:
         fake = self.guidance if self.fake_guidance is None else self.fake_guidance
         return fake if where == "fake" or self.train_guidance is None else self.train_guidance
+
+    def _dropout(self) -> float:
+        return self.dropout if any(self._scale(where) != 1 for where in ("fake", "train")) else 0.0
 
 
 def _flow(alpha: Tensor, sigma: Tensor) -> Tensor:
