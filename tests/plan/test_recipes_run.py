@@ -64,6 +64,7 @@ TEXTS = {
     "snoopi-sd21": "has a test of its own below",
     "mcm-modelscope": "has a test of its own below",
     "vsd-sd21-images": "has a test of its own below",
+    "mirage-nci1": "has a test of its own below",
     "phased-dmd-wan": "has a test of its own below",
     "mdt-dist-sd3": "has a test of its own below",
     "dwa-imagenet-resnet18": "has a test of its own below",
@@ -264,6 +265,30 @@ def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monk
             assert loaded(batch.x, condition=batch.y).equal(
                 result.roles.student.module.eval()(batch.x, condition=batch.y)
             )
+
+
+def test_the_recipe_of_mirage_reads_the_files_of_a_data_set(tmp_path: Path) -> None:
+    """A folder in the form that the class TUDataset unpacks, with drawn graphs in it."""
+    from limbeck.data.graphs import motifs
+
+    pytest.importorskip("torch_geometric")
+    source, raw, start = motifs(200), tmp_path / "NCI1" / "raw", 0
+    raw.mkdir(parents=True)
+    lines: dict[str, list[str]] = {"A": [], "graph_indicator": [], "graph_labels": [], "node_labels": []}
+    for i, (graph, y) in enumerate(zip(source.graphs, source.labels.tolist(), strict=True)):
+        lines["A"] += [f"{a + start + 1}, {b + start + 1}" for a, b in graph.edges.T.tolist()]
+        lines["graph_indicator"] += [str(i + 1)] * len(graph.nodes)
+        lines["node_labels"] += [str(label) for label in graph.nodes.tolist()]
+        lines["graph_labels"].append(str(y))
+        start += len(graph.nodes)
+    for name, text in lines.items():
+        (raw / f"NCI1_{name}.txt").write_text("\n".join(text) + "\n")
+    given = {"data.spec": str(raw), "method.threshold": [40, 50], "engine.device": "cpu", "out": str(tmp_path / "run")}
+    recipe = Recipe.load(RECIPES / "mirage-nci1.yaml", [f"{k}={json.dumps(v)}" for k, v in given.items()])
+    run(build(recipe), progress="off")
+    small = load(tmp_path / "run")
+    assert small.counts[small.labels == 0].min() >= 40
+    assert small.counts[small.labels == 1].min() >= 50
 
 
 def test_the_recipe_of_prompts_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from limbeck.core.roles import Role, Roles
 from limbeck.data import Data, embedded, load_data
 from limbeck.data.condensed import blank, condensed_size
 from limbeck.data.condensed_graphs import GRAPHS, empty
+from limbeck.data.graphs import motifs
 from limbeck.data.options import DataOptions
 from limbeck.data.sources import Rows
 from limbeck.engine.settings import Engine
@@ -114,6 +115,9 @@ def draft(recipe: Recipe, samples: int | None = None) -> Draft:
     if found is not None:
         read, other = tokenised(Data(**{n: s for n, s in found.items() if n != "test"}), teacher, known)
         data, taught = read, None if other is None else other.train
+    elif recipe.student == GRAPHS:
+        data = Data(train=motifs(samples or recipe.engine.batch_size))
+        notes.append(f"the data '{spec}' are not on this machine: drawn graphs stand for them")
     else:
         count = samples or recipe.engine.batch_size
         data = _shapes(spec, options, teacher or known, count, classes or num_classes(known))

@@ -16,7 +16,8 @@ from limbeck.nn.gnn import GNN, Kind
 from limbeck.prove import Arm, Comparison, Proof, Trial, seeded
 
 KINDS: tuple[Kind, ...] = ("gin", "sage", "gat")
-STEPS, RATES, METHOD = 100, (0.003, 0.01, 0.03), Mirage(depth=2, threshold=0.25)
+STEPS, RATES, SHARE = 100, (0.003, 0.01, 0.03), 0.25
+METHOD = Mirage(depth=2, threshold=SHARE)
 
 
 @lru_cache(maxsize=2)
@@ -63,7 +64,7 @@ def other_sets(seed: int, how: str) -> CondensedGraphs:
             for items in mine:
                 for item in items:
                     counts[item] = counts.get(item, 0) + 1
-            least = round(METHOD.threshold * len(mine))
+            least = round(SHARE * len(mine))
             found[c] = [Frequent((i,), n) for i, n in counts.items() if n >= least]
         return CondensedGraphs.of(found, trees, {"depth": METHOD.depth})
     sizes = (own.set_ends[1:] - own.set_ends[:-1]).tolist()
