@@ -1,8 +1,9 @@
 """Stable Diffusion 2.1 base (UNet of 866 M, text encoder of 340 M parameters) as one denoiser of latents, and prompts as data.
 
-    python recipes/stable_diffusion.py prompts.txt
+    python recipes/stable_diffusion.py prompts.txt [negatives.txt]
 
-fetches the published weights and writes `weights/sd21-base.safetensors` and `weights/prompts.safetensors` beside this file.
+fetches the published weights and writes `weights/sd21-base.safetensors`, `weights/prompts.safetensors` and, where there are
+negative prompts, `weights/negatives.safetensors` beside this file.
 """
 
 import sys
@@ -34,7 +35,11 @@ class Prompted(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, tokens: Tensor) -> Any:
         """What the UNet predicts for latents `[B, 4, H, W]`, timesteps `[B]` and tokens `[B, L]`."""
-        return self.unet(x, time, encoder_hidden_states=self.text(tokens).last_hidden_state).sample
+        return self.unet(x, time, encoder_hidden_states=self.states(tokens)).sample
+
+    def states(self, tokens: Tensor) -> Tensor:
+        """What its cross-attention sees of tokens `[B, L]`, `[B, L, C]`."""
+        return self.text(tokens).last_hidden_state
 
 
 def padded(tokens: list[int]) -> list[int]:
@@ -59,6 +64,11 @@ def prompts() -> Data:
     return Data(train=Noise((4, 64, 64), conditions=_tokens()))
 
 
+def prompts_and_negatives() -> Data:
+    """The same, each with a negative prompt out of `weights/negatives.safetensors`."""
+    return Data(train=Noise((4, 64, 64), conditions=_tokens(), negatives=_tokens("negatives")))
+
+
 def particles() -> nn.Module:
     """Four latents."""
     return Particles(torch.randn(4, 4, 64, 64, generator=torch.Generator().manual_seed(0)))
@@ -69,13 +79,13 @@ def one_prompt() -> Data:
     return Data(train=TensorSource(torch.arange(4), _tokens()[:1].repeat(4, 1), ids=torch.arange(4)))
 
 
-def _tokens() -> Tensor:
-    file = HERE / "prompts.safetensors"
+def _tokens(name: str = "prompts") -> Tensor:
+    file = HERE / f"{name}.safetensors"
     if file.is_file():
         from safetensors.torch import load_file
 
         return load_file(file)["tokens"].long()
-    warnings.warn("weights/prompts.safetensors is not there: two example prompts are taken", stacklevel=2)
+    warnings.warn(f"weights/{name}.safetensors is not there: two example prompts are taken", stacklevel=2)
     return torch.tensor([padded(tokens) for tokens in EXAMPLES]).repeat(512, 1)
 
 
@@ -87,10 +97,11 @@ def main() -> None:
     from limbeck.export.safetensors import save
 
     pipeline = StableDiffusionPipeline.from_pretrained(NAME)
-    lines = [line for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines() if line.strip()]
-    tokenised = pipeline.tokenizer(lines, padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
     HERE.mkdir(exist_ok=True)
-    save_file({"tokens": tokenised.input_ids.int()}, HERE / "prompts.safetensors")
+    for name, file in zip(("prompts", "negatives"), sys.argv[1:], strict=False):
+        lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        options = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
+        save_file({"tokens": pipeline.tokenizer(lines, **options).input_ids.int()}, HERE / f"{name}.safetensors")
     model: Any = teacher()
     model.net.unet, model.net.text = pipeline.unet, pipeline.text_encoder
     save(model, HERE / "sd21-base.safetensors")

@@ -20,6 +20,7 @@ from limbeck.core.recipe import resolve_data
 from limbeck.core.roles import Role, Roles
 from limbeck.data import Data, load_data
 from limbeck.data.condensed import Condensed
+from limbeck.data.condensed_graphs import CondensedGraphs
 from limbeck.evaluate.generation import generates
 from limbeck.evaluate.tasks import evaluator
 from limbeck.export.deploy import Deployed, Form, deploy
@@ -162,7 +163,7 @@ def export(
         RunError: The student cannot be written as ONNX, or the graph computes something else.
     """
     done = Finished.open(run, module, trust)
-    if isinstance(done.student, Condensed):
+    if isinstance(done.student, Condensed | CondensedGraphs):
         fix = f"train a network on it: limbeck distill --data condensed:{run} --student ..."
         raise UsageError("a data set is no graph", where=run, found="a condensed data set", fix=fix)
     example = _conditioned(done.student, _example(done.inputs))

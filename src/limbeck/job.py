@@ -25,6 +25,7 @@ from limbeck.core.source import Source
 from limbeck.data import Data, TextSource, load_data
 from limbeck.data.combine import Concatenated
 from limbeck.data.condensed import condensed_size, from_source
+from limbeck.data.condensed_graphs import GRAPHS, empty
 from limbeck.engine.runtime import make_runtime
 from limbeck.engine.settings import Engine
 from limbeck.evaluate.tasks import Evaluator, evaluator
@@ -125,7 +126,10 @@ def gather(
     teacher_module = teachers.get("teacher")
     with torch.random.fork_rng():
         torch.manual_seed(recipe.engine.seed)
-        if isinstance(student, str) and (count := condensed_size(student)) is not None:
+        module: nn.Module
+        if student == GRAPHS:
+            module, origin = empty(), Origin(student)
+        elif isinstance(student, str) and (count := condensed_size(student)) is not None:
             module, origin = from_source(sources.train, count, recipe.engine.seed), Origin(student)
         else:
             module, origin = student_of(student, teacher_module, classes, partial(_load, recipe.pretrained))

@@ -19,13 +19,17 @@ from limbeck.core.method import updates
 from limbeck.core.stages import Stage
 from limbeck.data import Data, TensorSource
 from limbeck.data.condensed import from_source
+from limbeck.data.condensed_graphs import empty
+from limbeck.data.graphs import motifs
 from limbeck.data.noise import Noise
 from limbeck.data.procedural import shapes
 from limbeck.diffusion import Denoiser, RectifiedFlow
 from limbeck.engine.run import Result, execute
+from limbeck.methods.diversity_cfg.proof import Bag, Table, prompts
 from limbeck.methods.tinyclip.proof import clip
 from limbeck.nn.mlp import mlp
 from limbeck.nn.time_mlp import TimeMLP
+from limbeck.nn.vae import TableVAE
 from limbeck.prove import seeded
 from limbeck.teachers import Ensemble
 
@@ -160,9 +164,53 @@ def condensed() -> Roles:
     return Roles(teacher=seeded(0, lambda: mlp(INPUTS, 8, CLASSES)), student=from_source(data().train, 3))
 
 
+def tables() -> Roles:
+    """A model of rows of three columns, and a smaller one."""
+
+    def model(hidden: int) -> nn.Module:
+        return TableVAE((2, 3, 2), 2, latent=3, hidden=hidden, decoder_hidden=8)
+
+    return Roles(teacher=seeded(0, lambda: model(16)), student=seeded(1, lambda: model(4)))
+
+
+def rows_of_tables() -> Data:
+    """72 such rows of two groups."""
+    x = tables().teacher.module.one_hot(torch.stack([torch.arange(72) % n for n in (2, 3, 2)], 1))
+    return Data(train=TensorSource(x, (torch.arange(72) // 3) % 2, torch.arange(72)))
+
+
+def remembering(teachers: int = 1) -> Roles:
+    """Networks with batch normalisation, and four samples of each class for them."""
+
+    def network(width: int) -> nn.Module:
+        body = [nn.Linear(INPUTS, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, CLASSES)]
+        return nn.Sequential(nn.BatchNorm1d(INPUTS), *body)
+
+    names = ["teacher"] if teachers == 1 else [f"teacher_{i}" for i in range(teachers)]
+    networks = {name: seeded(i, lambda i=i: network(8 + i)) for i, name in enumerate(names)}
+    return Roles(**networks, student=from_source(data().train, 4))
+
+
 def encoders() -> Roles:
     """A small CLIP, and a copy of it."""
     return Roles(teacher=seeded(0, clip), student=seeded(0, clip))
+
+
+def clips() -> Data:
+    """72 clips of four frames of three numbers, in 5 classes, and 40 images like frames."""
+    g = torch.Generator().manual_seed(11)
+    x = torch.randn(72, 1, 3, generator=g) + 0.5 * torch.randn(72, 4, 3, generator=g).cumsum(1)
+    images = 2 + torch.randn(40, 3, generator=g)
+    return Data(train=TensorSource(x, torch.arange(72) % CLASSES), unlabelled=TensorSource(images))
+
+
+def clip_denoisers() -> Roles:
+    """Two denoisers of such clips."""
+
+    def network() -> nn.Module:
+        return Denoiser(TimeMLP(12, 8, 2, CLASSES), RectifiedFlow(), "flow_prediction", null=CLASSES)
+
+    return Roles(teacher=seeded(0, network), student=seeded(1, network))
 
 
 BATCH_WIDE = "it compares the samples of a batch with each other, so parts of a batch are another loss"
@@ -204,14 +252,39 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "data": noise,
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
     },
+    "diversity_cfg": {
+        "method": lambda: registry.find("diversity_cfg")(beta=2.0, length=3, end=7),
+        "roles": lambda: Roles(teacher=Table(0), student=Table(1), embedder=Bag()),
+        "data": lambda: Data(train=prompts(72)),
+        "exceptions": {"falls": SURROGATE},
+    },
     "sid": {
         "method": lambda: registry.find("sid")(steps=3, guidance=2.0, fake_guidance=1.0, ema=0.5),
         "roles": denoisers,
         "data": noise,
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
     },
+    "mcm": {
+        "method": lambda: registry.find("mcm")(frames=1, lora=2, penalty=0.1),
+        "roles": clip_denoisers,
+        "data": clips,
+        "optim": Optim("sgd", lr=0.01),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": TWO_PLAYERS},
+    },
+    "snoopi": {
+        "method": lambda: registry.find("snoopi")(ema=0.5),
+        "roles": denoisers,
+        "data": noise,
+        "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
+    },
     "phased_dmd": {
         "method": lambda: registry.find("phased_dmd")(steps=4, phases=2, guidance=2.0, fake_steps=2),
+        "roles": denoisers,
+        "data": noise,
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "falls": SURROGATE},
+    },
+    "disback": {
+        "method": lambda: registry.find("disback")(nodes=(2, 6), switch=1, guidance=2.0, fake_steps=2, ema=0.5),
         "roles": denoisers,
         "data": noise,
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
@@ -221,6 +294,14 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "roles": denoisers,
         "optim": Optim("sgd", lr=0.02),
         "exceptions": {"own_loop": "its program makes the student a sampler", "falls": SURROGATE},
+    },
+    "msd": {
+        "method": lambda: registry.find("msd")(
+            2, guidance=2.0, fake_steps=2, match_steps=6, gan_weight=0.1, gan_start=0.3, discriminator="net.body"
+        ),
+        "roles": denoisers,
+        "data": noise,
+        "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},
     },
     "tinyclip": {
         "method": lambda: registry.find("tinyclip")(sparsity=(0.3,), mask_lr=0.5, mask_share=0.5),
@@ -254,6 +335,46 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
         "optim": Optim("sgd", lr=1.0, momentum=0.5),
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
     },
+    "mirage": {
+        "roles": lambda: Roles(student=empty()),
+        "data": lambda: Data(train=motifs(40)),
+        "exceptions": dict.fromkeys(("falls", "own_loop", "no_wait", "other_seed"), UNTRAINED),
+    },
+    "fair_latent": {
+        "method": lambda: registry.find("fair_latent")(teach_steps=16),
+        "roles": tables,
+        "data": rows_of_tables,
+        "optim": Optim("sgd", lr=0.05),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN, "micro_batches": BATCH_WIDE, "processes": BATCH_WIDE},
+    },
+    "dwa": {
+        "method": lambda: registry.find("dwa")(
+            rho=0.1,
+            adjustment_steps=2,
+            operations=(),
+            clip=None,
+            classes_at_once=3,
+            label_epochs=2,
+            label_operations=(),
+        ),
+        "roles": remembering,
+        "optim": Optim("adam", lr=0.1),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
+    },
+    "cv_dd": {
+        "method": lambda: registry.find("cv_dd")(
+            priors=(60.0, 65.0, 50.0), operations=(), clip=None, label_epochs=2, label_operations=()
+        ),
+        "roles": partial(remembering, 3),
+        "optim": Optim("adam", lr=0.1),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
+    },
+    "infer": {
+        "method": lambda: registry.find("infer")(operations=(), clip=None, label_epochs=2, label_operations=()),
+        "roles": partial(remembering, 2),
+        "optim": Optim("adam", lr=0.1),
+        "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
+    },
     "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}},
     "kd3": {
         "roles": convolutions,
@@ -284,7 +405,7 @@ CASES = METHODS | TOYS
 
 
 def run(case: Case, out: Path | None = None, **engine: Any) -> Result:
-    optim = dict.fromkeys(("student", "critic", "generator", "fake"), case.optim)
+    optim = dict.fromkeys(("student", "critic", "generator", "fake", "discriminator", "head"), case.optim)
     return execute(case.method(), case.roles(), case.data(), replace(ENGINE, **engine), optim=optim, out=out)
 
 

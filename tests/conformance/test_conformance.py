@@ -14,13 +14,14 @@ import torch
 from cases import CASES, INPUTS, METHODS, SGD, bits, data, rows, run, run_killed, stages_of
 from torch._subclasses import FakeTensorMode
 
-from limbeck import Batch, Engine, Train
+from limbeck import Batch, Convert, Engine, Train
 from limbeck.convert.record import load_student, save_student
 from limbeck.core import registry
 from limbeck.core.method import updates
 from limbeck.core.recipe import Recipe
 from limbeck.core.roles import Role
 from limbeck.data.condensed import Condensed
+from limbeck.data.condensed_graphs import CondensedGraphs
 from limbeck.engine.checkpoint import Checkpoints
 from limbeck.engine.run import execute
 from limbeck.export.onnx import to_onnx
@@ -67,15 +68,17 @@ def test_the_loss_falls(name):
     for stage in {row["stage"] for row in history}:
         losses = [row["train/loss/student"] for row in history if row["stage"] == stage and "train/loss/student" in row]
         third = max(1, len(losses) // 3)
-        assert sum(losses[-third:]) < 0.95 * sum(losses[:third])
+        assert not losses or sum(losses[-third:]) < 0.95 * sum(losses[:third])
 
 
 @applies_to("every")
 def test_frozen_roles_do_not_change(name):
     result, before, _ = whole(name)
-    trained = {role for stage in stages_of(CASES[name]) if isinstance(stage, Train) for role in stage.roles}
+    stages = stages_of(CASES[name])
+    trained = {role for stage in stages if isinstance(stage, Train) for role in stage.roles}
+    trained |= {stage.role for stage in stages if isinstance(stage, Convert)}
     frozen = {key for key in before if key.split(".")[0] not in trained}
-    assert frozen or name == "alternating"
+    assert frozen or name in ("alternating", "fair_latent", "mirage")  # all of whose roles learn, or are made
     assert_same({k: v for k, v in bits(result.roles).items() if k in frozen}, {k: before[k] for k in frozen})
 
 
@@ -211,7 +214,11 @@ def test_the_student_is_saved_and_loaded(name, tmp_path):
     student, lineage = student_of(name)
     save_student(tmp_path, student, lineage["records"])
     loaded = load_student(tmp_path, CASES[name].roles()[lineage["base"]].module, trust=True)
-    x = None if isinstance(student, Condensed) else CASES[name].data().train.batch(torch.arange(8), 0).x
+    x = (
+        None
+        if isinstance(student, Condensed | CondensedGraphs)
+        else CASES[name].data().train.batch(torch.arange(8), 0).x
+    )
     outputs = []
     for role in (Role("loaded", loaded), Role("student", student)):
         torch.manual_seed(0)  # of noise between the steps of a sampler

@@ -11,6 +11,8 @@ from limbeck.core.errors import UsageError
 from limbeck.data import Data, TensorSource
 from limbeck.data.noise import Noise
 from limbeck.diffusion import Denoiser, Draws, GaussianMixture, RectifiedFlow, Sampler, few_step, ring, sid_loss
+from limbeck.diffusion.matching import discriminator_scores, telling
+from limbeck.diffusion.scores import denoising_loss, noisy
 from limbeck.engine.run import execute
 from limbeck.evaluate.samples import energy_distance
 from limbeck.methods.sid.method import SiD
@@ -143,19 +145,104 @@ def test_zero_guidance_is_a_call_without_condition():
     assert all((c == 4).all() for c in heard)
 
 
+@pytest.mark.parametrize("fields", [
+    {"alpha": 1.0}, {"alpha": 0.5}, {"guidance": 3.0}, {"guidance": 1.0, "fake_guidance": -1.0},
+])  # fmt: skip
+def test_the_students_gradient_is_that_of_the_whole_graph(fields):
+    """Through the samples, and through what both networks say of them with noise, each at its own scale."""
+    b, method = batch(classes=4), SiD(steps=1, weight="flow", **fields)
+    m = Roles(teacher=ring(8, schedule=FLOW, classes=4), student=Sampler(network(0, 4), (1.0,)), fake=network(2, 4))
+    parameters = list(m.student.parameters())
+    update = method.improve(m, Draws(m, b), b)
+    found = torch.autograd.grad(update.loss, parameters)
+    x = m.student.module.denoiser(b.x, condition=b.y)
+    x_t, t = noisy(FLOW, Draws(m, b), "student", x, *method.times)
+
+    def at(model, scale):
+        with_it, without = model(x_t, t, b.y), model(x_t, t, torch.full_like(b.y, 4))
+        return without + scale * (with_it - without)
+
+    real, fake = at(m.teacher.module, method.guidance), at(m.fake.module, fields.get("fake_guidance", method.guidance))
+    loss = ((1 - t) * ((real - fake) * (real - x - method.alpha * (real - fake))).sum(1)).mean()
+    torch.testing.assert_close(update.loss, loss)
+    for a, e in zip(found, torch.autograd.grad(loss, parameters), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("fields", "scale", "dropout"), [
+    ({}, 1.0, 0.0),
+    ({"guidance": 3.0}, 3.0, 0.1),
+    ({"guidance": 3.0, "train_guidance": 1.5}, 1.5, 0.1),
+    ({"guidance": 3.0, "train_guidance": 1.0}, 1.0, 0.1),
+    ({"guidance": 3.0, "fake_guidance": 1.0}, 1.0, 0.0),
+])  # fmt: skip
+def test_what_follows_learns_at_its_scale_and_forgets_conditions_only_where_it_is_guided(fields, scale, dropout):
+    b, method = batch(64, classes=4), SiD(steps=1, weight="flow", **fields)
+    m = Roles(teacher=ring(8, schedule=FLOW, classes=4), student=Sampler(network(0, 4), (1.0,)), fake=network(2, 4))
+    draws = Draws(m, b)
+    x = method.generate(m, draws, b, "fake")
+
+    def velocity(alpha, sigma):
+        return (1 / sigma**2).clamp(max=1e4)
+
+    expected = denoising_loss(
+        m, "fake", draws, x, b.y, times=method.fake_times, dropout=dropout, guidance=scale, weight=velocity
+    )
+    torch.testing.assert_close(next(method.step(m, b)).loss, expected)
+
+
+def test_the_discriminator_is_told_the_condition_without_guidance_too():
+    b = batch(classes=4)
+    m = Roles(teacher=ring(8, schedule=FLOW, classes=4), student=Sampler(network(0, 4), (1.0,)), fake=network(2, 4))
+    heard = []
+    m.fake.module.register_forward_pre_hook(lambda _, args, kw: heard.append(kw["condition"]), with_kwargs=True)
+    list(SiD(steps=1, fake_guidance=0.0, gan_weight=0.1, discriminator="net.body").step(m, b))
+    told = [bool(c.equal(b.y)) for c in heard]
+    assert any(told)
+    assert not any(told[:1])  # what it learns of the student's samples
+    assert told[-1]  # as the student's judge
+
+
+def test_steps_begin_where_they_are_told_to():
+    m = Roles(teacher=network(), student=network(1))
+    stages = SiD(steps=4, start=0.5).stages(m, Data(train=Noise((2,), 8)))
+    next(stages)
+    made = stages.send(None).how(m.student.module)[0]
+    assert made.times.tolist() == [0.5, 0.375, 0.25, 0.125]
+
+
+def test_all_steps_of_the_student_are_drawn_whatever_its_number():
+    b, m = batch(), roles(times=(1.0, 0.5))
+    calls = []
+    m.student.module.denoiser.register_forward_hook(lambda _, __, out: calls.append(out))
+    counts = [0, 0]
+    for m.step in range(100):
+        calls.clear()
+        SiD(steps=4).generate(m, Draws(m, b), b, "student")
+        counts[len(calls) - 1] += 1
+    assert min(counts) > 30
+
+
+def test_real_samples_leave_noise_of_their_own_to_each_update():
+    b, m = batch(), roles(times=(1.0,))
+    method = SiD(steps=1, gan_weight=0.1, discriminator="net.body")
+    made = [method.generate(m, Draws(m, b), b, name) for name in ("fake", "student")]
+    assert not made[0].allclose(made[1])
+    assert not any(x.allclose(m.student.module.denoiser(b.x)) for x in made)
+
+
 def test_the_discriminator_is_the_mean_over_channels_within_limits():
     b = batch()
     m = roles()
-    method = SiD(gan_weight=0.1, discriminator="net.body")
     t = torch.full((8,), 0.5)
-    scores = method.scores(m, b.x, t, None)
+    scores = discriminator_scores(m.fake, "net.body", b.x, t)
     net = m.fake.module.net
     phase = t[:, None] * net.waves
     body = net.body(net.first(torch.cat([b.x, phase.sin(), phase.cos()], 1)))
-    torch.testing.assert_close(scores[:, 0], body.mean(1))
+    torch.testing.assert_close(scores, body.mean(1))
     for p in m.fake.module.net.body.parameters():
         p.data *= 1e4
-    far = method.scores(m, b.x, t, None)
+    far = discriminator_scores(m.fake, "net.body", b.x, t)
     assert far.abs().max() == 10
     (gradient,) = torch.autograd.grad(far[far.abs() == 10].sum(), net.first.weight, allow_unused=True)
     assert not gradient.any()
@@ -169,17 +256,15 @@ def test_the_adversarial_terms():
     first, second = method.step(m, b)
     x = method.generate(m, draws, b, "fake").detach()
     without = Roles(**{n: r.module for n, r in m.items()})
-    told_apart = method.discriminate(m, draws, b, x)
+    told_apart = telling(m, draws, "net.body", b.x, x) / 2
     assert told_apart.item() == pytest.approx(math.log(2), abs=0.3)
     base = first.loss - told_apart
     assert base > 0
     assert without
     x = method.generate(m, draws, b, "student")
-    from limbeck.diffusion.scores import noisy
-
     x_t, t = noisy(FLOW, draws, "student", x, *method.times)
     share = 1 - t
-    fooled = (share * F.softplus(-method.scores(m, x_t, t, None))[:, 0] * 2).mean()
+    fooled = (share * F.softplus(-discriminator_scores(m.fake, "net.body", x_t, t)) * 2).mean()
     late = SiD(**{**vars(method), "gan_start": 0.5})
     torch.testing.assert_close(second.loss - late.improve(m, draws, b).loss, 0.5 * fooled)
     assert plain.weight == "flow"

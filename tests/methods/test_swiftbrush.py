@@ -10,10 +10,11 @@ from limbeck.core.errors import UsageError
 from limbeck.data import Data
 from limbeck.data.noise import Noise
 from limbeck.diffusion import Cosine, Denoiser, Draws, RectifiedFlow, ring
+from limbeck.diffusion.score_gap import alpha_weight
 from limbeck.diffusion.scores import denoising_loss, noisy, predicted
 from limbeck.engine.run import execute
 from limbeck.evaluate.samples import energy_distance
-from limbeck.methods.swiftbrush.method import SwiftBrush, alpha_weight
+from limbeck.methods.swiftbrush.method import SwiftBrush
 from limbeck.nn.time_mlp import TimeMLP
 
 FLOW = RectifiedFlow()

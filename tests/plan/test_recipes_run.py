@@ -21,16 +21,24 @@ CIFAR = f"{RECIPES / 'cifar.py'}:resnet20"
 MODELS = """
 import timm
 
+from limbeck.nn.convnet import ConvNet
+
 def resnet(num_classes):
     return timm.create_model("test_resnet", num_classes=num_classes)
 
 def mobilenet(num_classes):
     return timm.create_model("mobilenetv3_small_050", num_classes=num_classes)
 
+def convnet(num_classes):
+    return ConvNet(num_classes, 3, 32, width=4)
+
 def vit():
     return timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8)
 """
+EXPERTS = {"method.experts": 2, "method.epochs": 4, "method.starts": 2, "method.student_steps": 3}
 SMALL: dict[str, dict[str, Any]] = {
+    "ast-cifar10": {"teacher": "convnet", "student": "condensed:2"} | EXPERTS,
+    "ftd-cifar10": {"teacher": "convnet", "student": "condensed:2"} | EXPERTS,
     "deps-mobilenetv3": {"student": "mobilenet", "engine.steps": 4},
     "deps-resnet50": {"student": "resnet", "engine.steps": 4},
     "distill-weighted-timm": {"teacher": ["resnet", "mobilenet"], "student": "mobilenet"},
@@ -48,10 +56,20 @@ TEXTS = {
     "lelp-minilm-sst2": "has a test of its own below",
     "cast-gpt2": "has a test of its own below",
     "tinyclip-vit-b32": "has a test of its own below",
+    "diversity-cfg-gpt2": "has a test of its own below",
+    "disback-sd21": "has a test of its own below",
+    "msd-imagenet64": "has a test of its own below",
+    "sid-sd21": "has a test of its own below",
     "swiftbrush-sd21": "has a test of its own below",
+    "snoopi-sd21": "has a test of its own below",
+    "mcm-modelscope": "has a test of its own below",
     "vsd-sd21-images": "has a test of its own below",
+    "mirage-nci1": "has a test of its own below",
     "phased-dmd-wan": "has a test of its own below",
     "mdt-dist-sd3": "has a test of its own below",
+    "dwa-imagenet-resnet18": "has a test of its own below",
+    "cv-dd-imagenet": "has a test of its own below",
+    "infer-imagenet": "has a test of its own below",
 }
 
 
@@ -217,7 +235,7 @@ def one_prompt():
 """
 
 
-@pytest.mark.parametrize("name", ["swiftbrush-sd21", "vsd-sd21-images"])
+@pytest.mark.parametrize("name", ["disback-sd21", "sid-sd21", "swiftbrush-sd21", "vsd-sd21-images"])
 def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
@@ -226,9 +244,10 @@ def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monk
     names = {"teacher": "teacher", "data": "prompts"}
     if name.startswith("vsd"):
         names = {"teacher": "teacher", "data": "one_prompt", "student": "particles"}
+    few = {"method.nodes": [1, 2], "method.switch": 1} if name.startswith("disback") else {}
     given: dict[str, Any] = {field: f"{tmp_path / 'small.py'}:{function}" for field, function in names.items()}
     given |= {"engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu",
-              "engine.precision": "fp32", "out": str(tmp_path / "run")}  # fmt: skip
+              "engine.precision": "fp32", "out": str(tmp_path / "run")} | few  # fmt: skip
     recipe = Recipe.load(RECIPES / f"{name}.yaml", [f"{field}={json.dumps(value)}" for field, value in given.items()])
     job = build(recipe)
     before = [p.clone() for p in job.roles.student.parameters()]
@@ -246,6 +265,143 @@ def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monk
             assert loaded(batch.x, condition=batch.y).equal(
                 result.roles.student.module.eval()(batch.x, condition=batch.y)
             )
+
+
+def test_the_recipe_of_mirage_reads_the_files_of_a_data_set(tmp_path: Path) -> None:
+    """A folder in the form that the class TUDataset unpacks, with drawn graphs in it."""
+    from limbeck.data.graphs import motifs
+
+    pytest.importorskip("torch_geometric")
+    source, raw, start = motifs(200), tmp_path / "NCI1" / "raw", 0
+    raw.mkdir(parents=True)
+    lines: dict[str, list[str]] = {"A": [], "graph_indicator": [], "graph_labels": [], "node_labels": []}
+    for i, (graph, y) in enumerate(zip(source.graphs, source.labels.tolist(), strict=True)):
+        lines["A"] += [f"{a + start + 1}, {b + start + 1}" for a, b in graph.edges.T.tolist()]
+        lines["graph_indicator"] += [str(i + 1)] * len(graph.nodes)
+        lines["node_labels"] += [str(label) for label in graph.nodes.tolist()]
+        lines["graph_labels"].append(str(y))
+        start += len(graph.nodes)
+    for name, text in lines.items():
+        (raw / f"NCI1_{name}.txt").write_text("\n".join(text) + "\n")
+    given = {"data.spec": str(raw), "method.threshold": [40, 50], "engine.device": "cpu", "out": str(tmp_path / "run")}
+    recipe = Recipe.load(RECIPES / "mirage-nci1.yaml", [f"{k}={json.dumps(v)}" for k, v in given.items()])
+    run(build(recipe), progress="off")
+    small = load(tmp_path / "run")
+    assert small.counts[small.labels == 0].min() >= 40
+    assert small.counts[small.labels == 1].min() >= 50
+
+
+def test_the_recipe_of_prompts_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(RECIPES)
+    (tmp_path / "small.py").write_text(
+        "import torch\nfrom gpt2_prompts import Data, GPT2Config, GPT2LMHeadModel, Prompts\n\n\ndef gpt2():\n"
+        "    torch.manual_seed(0)\n"
+        "    sizes = {'vocab_size': 64, 'n_embd': 32, 'n_layer': 2, 'n_head': 2, 'n_positions': 32, 'bos_token_id': 0}\n"
+        "    return GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))\n\n\n"
+        "def prompts():\n    tokens = torch.tensor([[0, 5], [6, 7]]).repeat(8, 1)\n"
+        "    return Data(train=Prompts(tokens, torch.tensor([9, 9, 9]), (tokens != 0).long()))\n"
+    )
+    given = {
+        "teacher": f"{tmp_path / 'small.py'}:gpt2", "data": f"{tmp_path / 'small.py'}:prompts", "method.length": 6,
+        "method.end": 3, "engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu",
+        "engine.precision": "fp32", "optim.student.warmup": 0, "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
+    job = build(Recipe.load(RECIPES / "diversity-cfg-gpt2.yaml", overrides))
+    before = {role: [p.clone() for p in job.roles[role].parameters()] for role in ("teacher", "student")}
+    result = run(job, progress="off")
+    after = {role: list(result.roles[role].parameters()) for role in ("teacher", "student")}
+    assert all(torch.equal(a, b) for a, b in zip(before["teacher"], after["teacher"], strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(before["student"], after["student"], strict=True))
+
+
+NEGATIVES = """
+def prompts_and_negatives():
+    tokens = torch.tensor([[0, 2, 3, 1, 1, 1], [0, 4, 5, 6, 1, 1]])
+    return Data(train=Noise((4, 8, 8), conditions=tokens.repeat(8, 1), negatives=tokens.flip(0)))
+"""
+
+
+def test_the_recipe_of_negative_prompts_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(RECIPES)
+    (tmp_path / "small.py").write_text(DIFFUSION + NEGATIVES)
+    given = {
+        "teacher": f"{tmp_path / 'small.py'}:teacher", "data": f"{tmp_path / 'small.py'}:prompts_and_negatives",
+        "engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu",
+        "engine.precision": "fp32", "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
+    job = build(Recipe.load(RECIPES / "snoopi-sd21.yaml", overrides))
+    before = [p.clone() for p in job.roles.student.parameters()]
+    result = run(job, progress="off")
+    after = list(result.roles.student.parameters())
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    attention = [p for p in result.roles.student.module.modules() if hasattr(p, "processor")]
+    assert not any("Away" in type(p.processor).__name__ for p in attention)  # what is saved is the model as it was
+    loaded, batch = load(tmp_path / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
+    with torch.no_grad():
+        expected = result.roles.student.module.eval()(batch.x, condition=batch.y)
+        assert loaded(batch.x, condition=batch.y).equal(expected)
+
+
+VIDEO = """
+import torch
+from diffusers import AutoencoderKL, UNet3DConditionModel
+from transformers import Dinov2Config, Dinov2Model
+from video_diffusion import Data, Denoiser, Seen, Table, TensorSource
+
+def unet():
+    torch.manual_seed(0)
+    net = UNet3DConditionModel(
+        sample_size=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, cross_attention_dim=16,
+        attention_head_dim=4, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+    )
+    null = torch.zeros(5, 16)
+    return Denoiser(
+        net, Table.scaled_linear(), "epsilon", time_scale=999, null=null, keyword="encoder_hidden_states"
+    )
+
+def teacher():
+    model = unet()
+    dino = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14)
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    model.features = Seen(vae, Dinov2Model(dino), 28, (1, 2))
+    return model
+
+def clips():
+    g = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(16, 4, 3, 4, 4, generator=g), torch.randn(16, 5, 16, generator=g)
+    return Data(train=TensorSource(latents, text), unlabelled=TensorSource(torch.randn(12, 4, 4, 4, generator=g)))
+"""
+
+
+def test_the_recipe_of_clips_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(RECIPES)
+    (tmp_path / "small.py").write_text(VIDEO)
+    names = {"teacher": "teacher", "student": "unet", "data": "clips"}
+    given: dict[str, Any] = {field: f"{tmp_path / 'small.py'}:{function}" for field, function in names.items()}
+    given |= {"method.lora": 2, "engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2,
+              "engine.device": "cpu", "engine.precision": "fp32", "out": str(tmp_path / "run")}  # fmt: skip
+    overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
+    job = build(Recipe.load(RECIPES / "mcm-modelscope.yaml", overrides))
+    before = {name: p.clone() for name, p in job.roles.student.named_parameters()}
+    frozen = [p.clone() for p in job.roles.teacher.parameters()]
+    result = run(job, progress="off")
+    after = {k.removeprefix("denoiser."): p for k, p in result.roles.student.named_parameters()}
+    assert before.keys() == after.keys()  # adapters are merged
+    assert any(not torch.equal(p, before[name]) for name, p in after.items())
+    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
+    loaded, batch = load(tmp_path / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
+    with torch.no_grad():
+        t = torch.ones(2)
+        expected = result.roles.student.module.eval()(batch.x, t=t, condition=batch.y)
+        assert loaded(batch.x, t=t, condition=batch.y).equal(expected)
 
 
 VIDEO = """
@@ -326,3 +482,110 @@ def test_the_recipe_of_average_velocities_takes_a_real_step(tmp_path: Path, monk
     loaded, batch = load(tmp_path / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
     with torch.no_grad():
         assert loaded(batch.x, condition=batch.y).equal(student(batch.x, condition=batch.y))
+
+
+def test_the_recipe_of_several_students_takes_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("torchvision")
+    (tmp_path / "small.py").write_text(
+        f"import sys\n\nsys.path.insert(0, {str(RECIPES)!r})\n"
+        "import torch\nfrom imagenet64 import denoiser\nfrom limbeck.data import Data, TensorSource\n\n\n"
+        "def teacher():\n    return denoiser(8, 1, classes=4)\n\n\ndef student():\n    return denoiser(4, 1, classes=4)\n\n\n"
+        "def images():\n    x = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))\n"
+        "    return Data(train=TensorSource(x, torch.arange(16) % 4))\n"
+    )
+    names = {"teacher": "teacher", "student": "student", "data": "images"}
+    given: dict[str, Any] = {field: f"{tmp_path / 'small.py'}:{function}" for field, function in names.items()}
+    given |= {
+        "engine.steps": 6, "engine.batch_size": 8, "engine.micro_batches": 2, "engine.device": "cpu", "engine.workers": 0,
+        "engine.precision": "fp32", "engine.log_every": 1, "method.match_steps": 2, "method.students": 2,
+        "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    recipe = Recipe.load(RECIPES / "msd-imagenet64.yaml", [f"{f}={json.dumps(value)}" for f, value in given.items()])
+    job = build(recipe)
+    frozen = [p.clone() for p in job.roles.teacher.parameters()]
+    result = run(job, progress="off")
+    first, second = result.roles.student.module.experts
+    both = list(zip(first.parameters(), second.parameters(), strict=True))
+    assert sum(not torch.equal(a, b) for a, b in both) > len(both) / 2  # each went its own way
+    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
+    rows = [row for row in result.history if "train/loss/fake" in row]
+    assert len(rows) == 6
+    loaded = load(tmp_path / "run", trust=True)
+    z, y = torch.randn(4, 3, 16, 16), torch.arange(4)
+    with torch.no_grad():
+        assert loaded(z, condition=y).equal(result.roles.student.module.eval()(z, condition=y))
+
+
+# Small networks of the classes of torchvision's models that remember batch statistics.
+REMEMBERING = """
+from functools import partial
+
+from torchvision.models import DenseNet, EfficientNet, MobileNetV2, ResNet, ShuffleNetV2
+from torchvision.models.efficientnet import MBConvConfig
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+def resnet18():
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+
+def resnet50():
+    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5)
+
+def shufflenet():
+    return ShuffleNetV2([1, 1, 1], [8, 8, 16, 32, 32], num_classes=5)
+
+def mobilenet():
+    return MobileNetV2(num_classes=5, width_mult=0.25)
+
+def densenet():
+    return DenseNet(4, (1, 1, 1, 1), 8, num_classes=5)
+
+def efficientnet():
+    return EfficientNet([MBConvConfig(1, 3, 1, 8, 8, 1, 1, 1), MBConvConfig(2, 3, 2, 8, 16, 1, 1, 1)], 0.2, num_classes=5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "teachers"),
+    [
+        ("dwa-imagenet-resnet18", ["resnet18"]),
+        ("cv-dd-imagenet", ["resnet18", "resnet50", "shufflenet", "mobilenet", "densenet"]),
+        ("infer-imagenet", ["resnet18", "mobilenet", "efficientnet"]),
+    ],
+)
+def test_a_recipe_of_recovery_takes_real_steps(
+    name: str, teachers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchvision")
+    from limbeck.evaluate import tasks
+    from limbeck.evaluate.condensation import Condensation, Training
+
+    few = Training(steps=2)
+    monkeypatch.setattr(tasks, "Condensation", lambda source, size: Condensation(source, size, few))
+    images(tmp_path)
+    (tmp_path / "small.py").write_text(REMEMBERING)
+    specs = [f"{tmp_path / 'small.py'}:{teacher}" for teacher in teachers]
+    given: dict[str, Any] = {
+        "teacher": specs if len(specs) > 1 else specs[0], "student": "condensed:4", "data.spec": str(tmp_path / "data"),
+        "data.image_size": 32, "engine.steps": 2, "engine.batch_size": 8, "engine.micro_batches": 2, "engine.device": "cpu",
+        "engine.precision": "fp32", "engine.workers": 0, "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    if name != "infer-imagenet":
+        given |= {"method.classes_at_once": 3, "method.label_epochs": 2}
+    overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
+    job = build(Recipe.load(RECIPES / f"{name}.yaml", overrides))
+    before = {n: {k: v.clone() for k, v in r.module.state_dict().items()} for n, r in job.roles.teachers.items()}
+    begun = job.roles.student.module.x.detach().clone()
+    result = run(job, progress="off")
+    small: Any = result.roles.student.module
+    for role, state in before.items():
+        assert all(v.equal(state[k]) for k, v in result.roles[role].module.state_dict().items())
+    if name == "infer-imagenet":
+        assert small.compensators.any()
+        assert (len(small.x), len(small.compensators), len(small)) == (10, 6, 40)
+        assert small.soft.shape == (40, 5)
+    else:
+        assert not small.x.equal(begun)
+        assert small.soft.shape == (2, 20, 5)
+    assert 0 <= result.metrics["top1"] <= 1
+    assert load(tmp_path / "run")().equal(small())

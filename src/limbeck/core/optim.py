@@ -28,6 +28,7 @@ class Optim:
         schedule: What the rate does after the warm-up until the stage ends.
         warmup: Linear warm-up; a fraction of the stage's steps below 1, a number of steps from 1.
         final: The rate at the end of a cosine or linear schedule, as a fraction of `lr`.
+        stretch: How many times the stage a cosine or linear schedule is made for, 1 or more; 2 ends half-way down.
         milestones: Fractions of the stage at which the step schedule multiplies the rate by `gamma`.
         gamma: Factor of the step schedule.
         clip: Largest gradient norm of the role, or None.
@@ -54,6 +55,7 @@ class Optim:
     schedule: Literal["constant", "cosine", "linear", "step"] = "constant"
     warmup: float = 0.0
     final: float = 0.0
+    stretch: float = 1.0
     milestones: tuple[float, ...] = (0.5, 0.75)
     gamma: float = 0.1
     clip: float | None = None
@@ -65,6 +67,7 @@ class Optim:
             ("lr", self.lr > 0, "a rate above 0"),
             ("weight_decay", self.weight_decay >= 0, "0 or more"),
             ("warmup", self.warmup >= 0, "0 or more"),
+            ("stretch", self.stretch >= 1, "1 or more"),
             ("clip", self.clip is None or self.clip > 0, "a norm above 0, or none"),
         ]:
             if not ok:
@@ -98,7 +101,7 @@ class Optim:
         warmup = round(self.warmup * total) if self.warmup < 1 else int(self.warmup)
         if step < warmup:
             return (step + 1) / warmup
-        done = min(1.0, (step - warmup) / max(1, total - warmup))
+        done = min(1.0, (step - warmup) / max(1, total - warmup)) / self.stretch
         if self.schedule == "cosine":
             return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done))
         if self.schedule == "linear":
@@ -121,6 +124,7 @@ class Ema:
         every: Whether the average moves after each update of the role or at the end of each epoch.
         buffers: Whether buffers (BatchNorm statistics) are copied or averaged; integers are always copied.
         warmup: Use `min(decay, (1 + n) / (10 + n))` at the n-th move, so that the start is forgotten faster.
+        until: Moves after which it stays as it is; with a decay of 0 it is then a copy of the role from that time.
 
     Example:
         >>> Ema("student", decay=0.5).every
@@ -132,6 +136,7 @@ class Ema:
     every: Literal["step", "epoch"] = "step"
     buffers: Literal["copy", "average"] = "copy"
     warmup: bool = False
+    until: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
@@ -140,6 +145,8 @@ class Ema:
     @torch.no_grad()
     def move(self, average: nn.Module, source: nn.Module, moves: int = 0) -> None:
         """Move `average` towards `source` in place; `moves` counts the earlier moves."""
+        if self.until is not None and moves >= self.until:
+            return
         decay = min(self.decay, (1 + moves) / (10 + moves)) if self.warmup else self.decay
         old = dict(average.named_parameters())
         pairs: list[tuple[torch.Tensor, torch.Tensor]] = [

@@ -207,6 +207,11 @@ def normals(keys: Tensor, count: int) -> Tensor:
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count]
 
 
+def numbers(ids: Tensor) -> list[int]:
+    """As whole numbers; zeros for fake tensors, which have no values."""
+    return ids.tolist() if type(ids) is Tensor else [0] * len(ids)
+
+
 def _shifted(words: Tensor, by: int) -> Tensor:
     # torch shifts signed numbers arithmetically; the mask makes it the logical shift.
     return (words >> by) & ((1 << (64 - by)) - 1)

@@ -106,3 +106,63 @@ def text_blocks(
     firsts = [0, len(parts[0]), len(parts[0]) + len(parts[1])]
     named = zip(("train", "validation", "test"), parts, firsts, strict=True)
     return Data(**{name: TokenBlocks(part, block_size, first) for name, part, first in named})
+
+
+class Prompts(Rows):
+    """Prompts that models go on from, each with a negative or empty one for guidance.
+
+    Batches have `x = {"input_ids", "attention_mask"}` `[B, P]` and `negative`, the same in `[B, Q]`.
+
+    Args:
+        tokens: `[N, P]` whole numbers, padded on the left.
+        negative: `[Q]` or `[N, Q]`, as `tokens`.
+        mask: `[N, P]`, 0 at padding. Default: all ones.
+        negative_mask: As `negative`.
+
+    Raises:
+        UsageError: The shapes do not fit, or a prompt is padded on the right.
+
+    Example:
+        >>> source = Prompts(torch.tensor([[0, 5], [7, 8]]), torch.tensor([9]), mask=torch.tensor([[0, 1], [1, 1]]))
+        >>> batch = source.batch(torch.tensor([1, 0]), 0)
+        >>> batch.x["input_ids"].tolist(), batch.negative["input_ids"].tolist()
+        ([[7, 8], [0, 5]], [[9], [9]])
+    """
+
+    def __init__(
+        self, tokens: Tensor, negative: Tensor, mask: Tensor | None = None, negative_mask: Tensor | None = None
+    ) -> None:
+        mask = torch.ones_like(tokens) if mask is None else mask
+        negative_mask = torch.ones_like(negative) if negative_mask is None else negative_mask
+        sides = {"prompts": (tokens, mask), "negative": (negative, negative_mask)}
+        self.sides = {name: _prompt(name, *side, len(tokens)) for name, side in sides.items()}
+        self.ids = torch.arange(len(tokens))
+
+    def batch(self, rows: Tensor, view: int) -> Batch:
+        """The prompts at positions `rows`."""
+        x, negative = (
+            {"input_ids": ids.index_select(0, rows), "attention_mask": mask.index_select(0, rows)}
+            for ids, mask in self.sides.values()
+        )
+        view_ids = torch.full((len(rows),), view)
+        return Batch(x=x, negative=negative, id=self.ids.index_select(0, rows), view=view_ids)
+
+    def fingerprint(self) -> str:
+        """Of prompts and masks."""
+        return digest("prompts", *(t for side in self.sides.values() for t in side))
+
+
+def _prompt(name: str, ids: Tensor, mask: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    if ids.ndim == 1:
+        ids, mask = ids.expand(count, -1), mask.expand(count, -1)
+    if ids.ndim != 2 or ids.shape != mask.shape or len(ids) != count or ids.shape[1] == 0:
+        raise UsageError(
+            "prompts do not fit", where=f"data.{name}", found=f"tokens {list(ids.shape)}, mask {list(mask.shape)}",
+            expected=f"both [{count}, at least 1]",
+        )  # fmt: skip
+    if not mask[:, -1].all():
+        raise UsageError(
+            "a prompt ends in padding", where=f"data.{name}", expected="padding on the left, where nothing is gone on from",
+            fix="tokenizer.padding_side = 'left'",
+        )  # fmt: skip
+    return ids.to(torch.int64).contiguous(), mask.to(torch.int64).contiguous()

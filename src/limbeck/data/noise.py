@@ -21,6 +21,8 @@ class Noise(Rows):
         classes: Classes; sample i has class `i % classes`; 0 for none.
         conditions: Embeddings `[N, ...]` in the place of classes, as of prompts; they tell `count`.
         seed: Of the noise.
+        negatives: Negative prompts `[M, ...]` in the form of the conditions; each sample of each epoch draws one, as
+            `batch.negative`.
 
     Example:
         >>> source = Noise((2,), 6, classes=3)
@@ -38,11 +40,12 @@ class Noise(Rows):
         classes: int = 0,
         conditions: Tensor | None = None,
         seed: int = 0,
+        negatives: Tensor | None = None,
     ) -> None:
         self.shape, self.seed = tuple(shape), seed
         count = count if conditions is None else len(conditions)
         self.ids = mix(torch.arange(count))
-        self.conditions = conditions
+        self.conditions, self.negatives = conditions, negatives
         self.labels = torch.arange(count) % classes if classes and conditions is None else None
         self.classes = tuple(map(str, range(classes))) if classes else None
 
@@ -52,9 +55,11 @@ class Noise(Rows):
         x = normals(seeds(ids, view, self.seed), torch.Size(self.shape).numel()).float().view(-1, *self.shape)
         condition = self.conditions if self.conditions is not None else self.labels
         fields = {} if condition is None else {"y": condition[rows]}
+        if self.negatives is not None:
+            fields["negative"] = self.negatives[seeds(ids, view, self.seed + 1) % len(self.negatives)]
         return Batch(x=x, id=ids, view=torch.full_like(ids, view), **fields)
 
     def fingerprint(self) -> str:
         """Of shape, seed, ids and conditions."""
-        known = [] if self.conditions is None else [self.conditions]
+        known = [c for c in (self.conditions, self.negatives) if c is not None]
         return digest("noise", str(self.shape), self.seed, self.ids, str(self.classes), *known)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from limbeck.core.errors import UsageError
 from limbeck.diffusion.sampling import Noise, few_step
@@ -153,13 +154,24 @@ class Experts(nn.Module):
         if expert is not None:
             return self.experts[expert](x_t, t=t, condition=condition)
         chosen = self.route(t, condition)
-        present = chosen.unique().tolist()
-        if len(present) == 1:
-            return self.experts[present[0]](x_t, t=t, condition=condition)
-        parts, places = [], []
-        for k in present:
-            rows = (chosen == k).nonzero()[:, 0]
+        found = shares(chosen, len(self.experts))
+        if len(found) == 1:
+            return self.experts[found[0][0]](x_t, t=t, condition=condition)
+        parts = []
+        for k, rows in found:
             own = None if condition is None else condition[rows]
             parts.append(self.experts[k](x_t[rows], t=t[rows], condition=own))
-            places.append(rows)
-        return torch.cat(parts)[torch.cat(places).argsort()]
+        return torch.cat(parts)[torch.cat([rows for _, rows in found]).argsort()]
+
+
+def shares(chosen: Tensor, count: int) -> list[tuple[int, Tensor]]:
+    """The rows of each of `count` experts that some samples `[B]` chose; in a plan, which has no values, equal shares.
+
+    Example:
+        >>> shares(torch.tensor([2, 0, 2]), 3)
+        [(0, tensor([1])), (2, tensor([0, 2]))]
+    """
+    if is_fake(chosen):
+        parts = torch.arange(len(chosen), device=chosen.device).tensor_split(count)
+        return [(k, rows) for k, rows in enumerate(parts) if len(rows)]
+    return [(k, (chosen == k).nonzero()[:, 0]) for k in chosen.unique().tolist()]

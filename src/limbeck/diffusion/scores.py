@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from limbeck.diffusion.objectives import Elements, dmd_gradient, per_sample
 from limbeck.diffusion.schedule import Schedule
 
 Weight = Callable[[Tensor, Tensor], Tensor]  # of alpha and sigma
+Gradient = Literal["dmd", "vsd"]
 
 
 def epsilon_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -109,6 +110,7 @@ def matching_gradient(
     teacher: str = "teacher",
     guidance: Scale = 1.0,
     times: tuple[float, float] = (0.02, 0.98),
+    gradient: Gradient = "dmd",
 ) -> Tensor:
     """The gradient of distribution matching on samples `[B, ...]`, at a random time each (Yin et al. 2024), for `surrogate`.
 
@@ -120,9 +122,16 @@ def matching_gradient(
         teacher: The role whose distribution is aimed at.
         guidance: Of that role.
         times: Between which shares of the schedule.
+        gradient: The gap of the predictions over `mean|x - D_teacher|` of each sample (`dmd`), or times `alpha sigma`, which
+            is `sigma^2 (e_teacher - e_fake)` (`vsd`).
     """
-    x_t, t = noisy(schedule_of(m[teacher]), draws, "matching", x.detach(), *times)
-    return dmd_gradient(x, predicted(m[teacher], x_t, t, condition, guidance), predicted(m.fake, x_t, t, condition))
+    schedule = schedule_of(m[teacher])
+    x_t, t = noisy(schedule, draws, "matching", x.detach(), *times)
+    real, fake = predicted(m[teacher], x_t, t, condition, guidance), predicted(m.fake, x_t, t, condition)
+    if gradient == "dmd":
+        return dmd_gradient(x, real, fake)
+    alpha, sigma = schedule.factors(t, x)
+    return alpha * sigma * (fake - real)
 
 
 def check_denoisers(m: Roles, *names: str) -> None:

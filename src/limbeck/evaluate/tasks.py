@@ -13,15 +13,18 @@ from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
 from limbeck.data.condensed import Condensed
+from limbeck.data.condensed_graphs import CondensedGraphs
 from limbeck.data.image_text import ImageText
 from limbeck.data.language import TokenBlocks
 from limbeck.data.noise import Noise
 from limbeck.evaluate import metrics
 from limbeck.evaluate.condensation import Condensation
 from limbeck.evaluate.cost import evaluating
+from limbeck.evaluate.fairness import FairTable
 from limbeck.evaluate.generation import Generation, generates
 from limbeck.losses import kl
 from limbeck.losses.tokens import IGNORE, next_tokens
+from limbeck.nn.vae import TableVAE
 
 _TEXTS = 1000  # texts that similarity and retrieval look at, evenly spaced: all are compared with all
 
@@ -248,6 +251,12 @@ def evaluator(
         return None
     if generates(student):
         return Generation(source, batch_size)
+    if isinstance(student, CondensedGraphs):
+        from limbeck.evaluate.graphs import GraphCondensation
+
+        return GraphCondensation(source)  # type: ignore[arg-type]
+    if isinstance(student, TableVAE):
+        return FairTable(source)
     if isinstance(student, Condensed):
         return Condensation(source, batch_size)
     if isinstance(source, ImageText):

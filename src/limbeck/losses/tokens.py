@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from limbeck.losses._reduce import Reduction, reduce
 from limbeck.losses.logits import kl
 
 IGNORE = -100  # what torch's cross entropy leaves out
@@ -84,3 +86,53 @@ def token_count(labels: Tensor) -> Tensor:
         tensor(1)
     """
     return (labels != IGNORE).sum().clamp_min(1)
+
+
+def guided_logits(logits: Tensor, negative: Tensor, scale: float) -> Tensor:
+    """Classifier-free guidance of token distributions: `log_softmax(scale z + (1 - scale) z_negative)`.
+
+    So `p` is proportional to `p_c^g p_neg^(1 - g)` (Cideron et al. 2024, Diversity-Rewarded CFG Distillation).
+
+    Args:
+        logits: Under the prompt `[..., V]`.
+        negative: Under the negative or empty prompt `[..., V]`.
+        scale: `g`; 1 is the plain model.
+
+    Returns:
+        Log-probabilities `[..., V]` in fp32 or wider. A token that either side bans with -inf stays banned.
+
+    Example:
+        >>> guided_logits(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0]), 2.0).exp()
+        tensor([0.8808, 0.1192])
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    z, z_negative = logits.to(dtype), negative.to(dtype)
+    if scale == 1.0:
+        return z.log_softmax(-1)
+    banned = z.isneginf() | z_negative.isneginf()  # -inf less -inf is no number
+    z, z_negative = z.masked_fill(banned, 0.0), z_negative.masked_fill(banned, 0.0)
+    return (z_negative + scale * (z - z_negative)).masked_fill(banned, -torch.inf).log_softmax(-1)
+
+
+def sequence_kl(
+    student: Tensor, teacher: Tensor, mask: Tensor, *, per_token: bool = False, reduction: Reduction = "mean"
+) -> Tensor:
+    """`sum_n KL(q_n || p_n)` along texts, the student q first: on its own samples it gives up what the teacher excludes.
+
+    Args:
+        student: Logits `[B, L, V]`.
+        teacher: Logits or log-probabilities `[B, L, V]`.
+        mask: `[B, L]` bool, the positions that count.
+        per_token: Whether a text's sum is divided by its length.
+        reduction: Over texts.
+
+    Returns:
+        The loss in nats, or `[B]`.
+
+    Example:
+        >>> z = torch.tensor([[[0.0, 0.0], [1.0, 0.0]]])
+        >>> sequence_kl(z, torch.zeros(1, 2, 2), torch.tensor([[True, True]]))
+        tensor(0.1109)
+    """
+    each = kl(student, teacher, direction="reverse", reduction="none").where(mask, 0.0).sum(-1)
+    return reduce(each / mask.sum(-1).clamp_min(1) if per_token else each, reduction)

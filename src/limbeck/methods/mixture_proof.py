@@ -23,11 +23,16 @@ from limbeck.nn.time_mlp import TimeMLP
 from limbeck.prove import fit, seeded
 
 FLOW = RectifiedFlow()
+CLASSES = {"classes": 4, "many": 8}
 
 
 def truth(kind: str) -> GaussianMixture:
     """`ring`: 8 modes of deviation 0.1 at radius 2; `grid`: 25 modes whose weights fall by a tenth each; `classes`: 8 modes of
-    4 classes."""
+    4 classes; `many`: 24 scattered modes of 8 classes."""
+    if kind == "many":
+        g = torch.Generator().manual_seed(0)
+        means = 2 * torch.randn(24, 2, generator=g)
+        return GaussianMixture(means, 0.15, FLOW, labels=torch.arange(24) % 8)
     if kind == "grid":
         return grid(5, 1.0, 0.08, FLOW, falling=True)
     return ring(8, 2.0, 0.1 if kind == "ring" else 0.15, FLOW, classes=4 if kind == "classes" else None)
@@ -35,7 +40,7 @@ def truth(kind: str) -> GaussianMixture:
 
 def network(kind: str = "ring", hidden: int = 64) -> nn.Module:
     """A denoiser of two numbers, 3 layers."""
-    classes = 4 if kind == "classes" else 0
+    classes = CLASSES.get(kind, 0)
     net = TimeMLP(2, hidden, classes=classes)
     return Denoiser(net, FLOW, "flow_prediction", null=classes or None)
 
@@ -44,7 +49,7 @@ def network(kind: str = "ring", hidden: int = 64) -> nn.Module:
 def drawn(seed: int, kind: str) -> TensorSource:
     """20,000 samples of the mixture."""
     known = truth(kind)
-    y = torch.arange(20_000) % 4 if kind == "classes" else None
+    y = torch.arange(20_000) % CLASSES[kind] if kind in CLASSES else None
     return TensorSource(known.sample(20_000, torch.Generator().manual_seed(seed), y), y)
 
 
@@ -96,10 +101,10 @@ def samples(student: Role | nn.Module, seed: int, count: int = 2000, y: Tensor |
 def distance(student: Role | nn.Module, kind: str, seed: int, count: int = 2000) -> float:
     """Energy distance to the mixture, times 100; of classes the mean over them."""
     known, total = truth(kind), 0.0
-    for c in range(4) if kind == "classes" else [None]:
+    for c in range(CLASSES[kind]) if kind in CLASSES else [None]:
         y = None if c is None else torch.full((count,), c)
         true = known.sample(count, torch.Generator().manual_seed(seed + 1), y)
-        total += energy_distance(samples(student, seed, count, y), true) / (4 if kind == "classes" else 1)
+        total += energy_distance(samples(student, seed, count, y), true) / CLASSES.get(kind, 1)
     return 100 * total
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from limbeck.convert.record import MANIFEST, load_student, save_student
 from limbeck.core.errors import UsageError, require
 from limbeck.data.condensed import Condensed, condensed_folder
+from limbeck.data.condensed_graphs import CondensedGraphs, graphs_folder
 
 _DEPTH = "limbeck.convert.layers:inherit_layers"
 
@@ -39,7 +40,7 @@ def save_folder(
         records: Its conversions, in their order.
     """
     path, model = Path(path), cast(Any, module)
-    if isinstance(module, Condensed):
+    if isinstance(module, Condensed | CondensedGraphs):
         module.save(path)
         return
     described = all(record["kind"] == _DEPTH for record in records)  # a configuration tells the number of layers
@@ -68,6 +69,8 @@ def load_folder(path: Path, module: nn.Module | None = None, trust: bool = False
 
     if condensed_folder(path) is not None:
         return Condensed.load(path)
+    if graphs_folder(path) is not None:
+        return CondensedGraphs.load(path)
     if (path / "student").is_dir():
         return load_folder(path / "student", module, trust)
     if module is not None or (path / MANIFEST).is_file():

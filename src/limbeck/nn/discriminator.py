@@ -1,5 +1,6 @@
-"""A discriminator that tells one model's logits from another's."""
+"""Discriminators: of one model's logits from another's, and of generated samples by a frozen network's features."""
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -53,3 +54,44 @@ def discrimination(scores: Tensor, first: int) -> Tensor:
     """
     mine = (torch.arange(len(scores), device=scores.device) < first).to(scores.dtype)
     return F.binary_cross_entropy_with_logits(scores, torch.stack([mine, 1 - mine], 1))
+
+
+class FeatureDiscriminator(nn.Module):
+    """A small head on each of several features of a frozen network, as projected discriminators have (Sauer et al. 2021).
+
+    Each head is `Linear, LeakyReLU, Linear` at every position; their scores stand side by side.
+
+    Args:
+        widths: Channels of the features, one number for each.
+        hidden: Units of each head.
+
+    Example:
+        >>> heads = FeatureDiscriminator([8, 4])
+        >>> heads(torch.zeros(2, 5, 8), torch.zeros(2, 4, 3, 3)).shape
+        torch.Size([2, 14])
+    """
+
+    def __init__(self, widths: Sequence[int], hidden: int = 64) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 1)) for width in widths
+        )
+
+    def forward(self, *features: Tensor) -> Tensor:
+        """Scores `[B, positions of all]` for features `[B, C]`, `[B, L, C]` or maps `[B, C, H, W]`."""
+        parts = [head(_last(f)).flatten(1) for head, f in zip(self.heads, features, strict=True)]
+        return torch.cat(parts, 1)
+
+
+def feature_widths(features: Sequence[Tensor]) -> list[int]:
+    """The channels of features, as `FeatureDiscriminator` reads them.
+
+    Example:
+        >>> feature_widths([torch.zeros(2, 5, 8), torch.zeros(2, 4, 3, 3)])
+        [8, 4]
+    """
+    return [_last(f).shape[-1] for f in features]
+
+
+def _last(features: Tensor) -> Tensor:
+    return features.movedim(1, -1) if features.ndim == 4 else features

@@ -34,9 +34,9 @@ class TimeMLP(nn.Module):
         self.last = nn.Sequential(nn.SiLU(), nn.Linear(hidden, dim))
 
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Points `[B, dim]` at times `[B]`, of classes `[B]`."""
+        """Points `[B, dim]`, or `[B, ...]` of as many numbers, at times `[B]`, of classes `[B]`."""
         phase = t[:, None] * self.waves
-        h = self.first(torch.cat([x, phase.sin(), phase.cos()], dim=1))
+        h = self.first(torch.cat([x.flatten(1), phase.sin(), phase.cos()], dim=1))
         if self.label is not None and condition is not None:
             h = h + self.label(condition)
-        return self.last(self.body(h))
+        return self.last(self.body(h)).view_as(x)

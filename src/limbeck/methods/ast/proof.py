@@ -1,11 +1,13 @@
 """One digit of each class, and experts that are good: can a set follow them?"""
 
+import math
 from dataclasses import replace
 from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
+from limbeck.core.errors import RunError
 from limbeck.data.coresets import medoids
 from limbeck.methods.ast.method import AST
 from limbeck.methods.digits_condensed_proof import begun, condense, experts, judged, splits, unchanged
@@ -43,7 +45,10 @@ def run(method: AST | FTD | None, training: ExpertTraining, seed: int, lr: float
     small = begun(seed, BARE.step_size, rows)
     passes = unchanged()
     if method is not None:
-        small, passes = condense(seed, lr, method, experts(seed, training), small, 4)
+        try:
+            small, passes = condense(seed, lr, method, experts(seed, training), small, 4)
+        except RunError:  # it diverged at this rate, which is never chosen
+            return Trial(math.nan, math.nan, passes)
     return Trial(judged(seed, small, "validation"), judged(seed, small, "test"), passes)
 
 

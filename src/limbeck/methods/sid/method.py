@@ -16,16 +16,15 @@ from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
 from limbeck.core.optim import Ema
-from limbeck.core.roles import Roles, find
+from limbeck.core.roles import Roles
 from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
+from limbeck.diffusion.matching import bounded, check_discriminator, discriminator_scores, telling
 from limbeck.diffusion.objectives import per_sample, sid_loss
 from limbeck.diffusion.sampling import Noise, few_step
 from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss, noisy, predicted, schedule_of
 from limbeck.methods.checks import check_field
-
-LIMIT = 10.0  # of the discriminator's scores, as in the authors' code
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class SiD(Method):
         if self.gan_weight:
             told = bool(self.discriminator)
             check_field("discriminator", self.discriminator, told, "the path of a part of fake, for gan_weight above 0")
-            find(m["fake" if "fake" in m else "teacher"].module, self.discriminator, "fake")
+            check_discriminator(m, self.discriminator)
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """A copy of the teacher that follows the student, steps for the student, then both in turns."""
@@ -130,11 +129,11 @@ class SiD(Method):
         with torch.no_grad():
             x = self.generate(m, draws, batch, "fake")
         loss = denoising_loss(
-            m, "fake", draws, x, condition, times=self.fake_times, dropout=self.dropout, guidance=self._scale("train"),
-            weight=_flow if self.weight == "flow" else _epsilon,
+            m, "fake", draws, x, condition, times=self.fake_times, dropout=self._dropout(), guidance=self._scale("train"),
+            weight=_flow if self.weight == "flow" else bounded,
         )  # fmt: skip
         if self.gan_weight:
-            loss = loss + self.discriminate(m, draws, batch, x)
+            loss = loss + telling(m, draws, self.discriminator, batch.x, x, condition, times=self.times) / 2
         yield Update("fake", loss)
         yield self.improve(m, draws, batch)
 
@@ -150,41 +149,26 @@ class SiD(Method):
         gap = per_sample((real - fake).detach().square()).sqrt().mean()
         if self.gan_weight and m.progress >= self.gan_start:
             share = 1 / per_sample((x - real).abs()).detach().clamp_min(1e-5) if weight is None else weight
-            fooled = F.softplus(-self.scores(m, x_t, t, condition)) * x[0].numel()
-            loss = loss + self.gan_weight * (share * per_sample(fooled)).mean()
+            fooled = F.softplus(-discriminator_scores(m.fake, self.discriminator, x_t, t, condition)) * x[0].numel()
+            loss = loss + self.gan_weight * (share * fooled.view(len(x), -1).mean(1)).mean()
         return Update("student", loss, logs={"gap": gap})
 
     def generate(self, m: Roles, draws: Draws, batch: Batch, name: str) -> Tensor:
         """The student's samples after k of its steps, k drawn for all; the gradient goes through the last of them."""
         z = draws.normal(f"{name} noise", batch.x) if self.gan_weight or name == "fake" else batch.x
-        k = 1 + int(self.steps * draws.once("steps"))
         times: Any = getattr(m.student.module, "times", torch.tensor([schedule_of(m.student).last]))
+        k = 1 + int(len(times) * draws.once("steps"))
         return few_step(
             m.student, z, schedule_of(m.student), times, batch.get("y"), self.noise,
-            fresh=lambda i: draws.normal(f"{name} step {i}", z), upto=min(k, len(times)),
+            fresh=lambda i: draws.normal(f"{name} step {i}", z), upto=k,
         )  # fmt: skip
-
-    def discriminate(self, m: Roles, draws: Draws, batch: Batch, x: Tensor) -> Tensor:
-        """Real and generated samples told apart, with the same noise at the same times."""
-        schedule, condition = schedule_of(m.teacher), batch.get("y")
-        fake, t = noisy(schedule, draws, "discriminator", x, *self.times)
-        real, _ = noisy(schedule, draws, "discriminator", batch.x, *self.times)
-        high, low = (self.scores(m, x_t, t, condition) for x_t in (real, fake))
-        return (F.softplus(-high).mean() + F.softplus(low).mean()) / 2
-
-    def scores(self, m: Roles, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        """The discriminator's scores `[B, ...]`."""
-        _, taps = m.fake.features(x_t, self.discriminator, t=t, condition=condition)
-        return taps[self.discriminator].mean(1, keepdim=True).clamp(-LIMIT, LIMIT)
 
     def _scale(self, where: str) -> float:
         fake = self.guidance if self.fake_guidance is None else self.fake_guidance
         return fake if where == "fake" or self.train_guidance is None else self.train_guidance
 
-
-def _epsilon(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The error of the noise, at most 10^4 times that of the sample."""
-    return ((alpha / sigma) ** 2).clamp(max=1e4)
+    def _dropout(self) -> float:
+        return self.dropout if any(self._scale(where) != 1 for where in ("fake", "train")) else 0.0
 
 
 def _flow(alpha: Tensor, sigma: Tensor) -> Tensor:

@@ -19,13 +19,9 @@ from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.objectives import Elements, per_sample, surrogate
-from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss, noisy, predicted, schedule_of
+from limbeck.diffusion.score_gap import alpha_weight, drawn_scale, score_gap
+from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss
 from limbeck.methods.checks import check_field
-
-
-def alpha_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
-    """`alpha^2 (alpha / sigma)^2`: the error of the noise, both sides multiplied by alpha, as in the authors' code."""
-    return alpha**2 * (alpha / sigma) ** 2
 
 
 @dataclass(frozen=True)
@@ -96,15 +92,10 @@ class SwiftBrush(Method):
 
     def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
         """One update of the student and one of what follows it."""
-        draws, schedule, condition = Draws(m, batch), schedule_of(m.teacher), batch.get("y")
-        x = self.generate(m, batch)
-        x_t, t = noisy(schedule, draws, "student", x.detach(), *self.times)
-        scale = self.scale(draws)
-        with torch.no_grad():
-            real = predicted(m.teacher, x_t, t, condition, scale)
-            own = predicted(m.fake, x_t, t, condition, scale if self.guide_fake else 1.0)
-            alpha, sigma = schedule.factors(t, x)
-            gap = alpha * sigma * (own - real)  # sigma^2 (e_teacher - e_fake)
+        draws, condition = Draws(m, batch), batch.get("y")
+        x, scale = self.generate(m, batch), self.scale(draws)
+        own = scale if self.guide_fake else 1.0
+        gap = score_gap(m, draws, x, condition, scale=scale, fake_scale=own, times=self.times)
         yield Update("student", surrogate(x, gap, self.elements), logs={"gap": per_sample(gap.square()).sqrt().mean()})
         loss = denoising_loss(
             m, "fake", draws, x, condition, times=self.fake_times, dropout=self.dropout, weight=alpha_weight,
@@ -118,7 +109,4 @@ class SwiftBrush(Method):
 
     def scale(self, draws: Draws) -> float | Tensor:
         """The scale of guidance, one for all samples or one for each."""
-        if not isinstance(self.guidance, tuple):
-            return self.guidance
-        low, high = self.guidance
-        return low + (high - low) * draws.uniform("guidance")
+        return drawn_scale(self.guidance, draws)

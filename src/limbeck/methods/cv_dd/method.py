@@ -1,0 +1,118 @@
+"""Images that several networks vote on, and labels from the statistics of the batch that will be seen."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
+from limbeck.core.roles import Roles
+from limbeck.core.stages import Convert, Stage, Train
+from limbeck.core.update import Update
+from limbeck.data.condensed import Become
+from limbeck.data.ids import numbers
+from limbeck.data.slots import Slots, slots_of
+from limbeck.methods.checks import check_field
+from limbeck.methods.recovery import Recovered, total
+from limbeck.teachers.committee import CHOICES, Choice, seats, votes
+
+
+@dataclass(frozen=True)
+class CVDD(Recovered):
+    r"""Committee voting (Cui et al. 2025); with one teacher it is SRe2L++, its base.
+
+    A slot, one image of each class, is recovered by some members S of the committee:
+    $\sum_{m \in S} w_m (\mathrm{CE}(f_m(x), y) + r_{bn} \sum_l c_l (\lVert \mu_l - m_l \rVert + \lVert s_l - v_l \rVert))$,
+    all of them on one view, with $w_m = e^{a_m / T} / \sum_{k \in S} e^{a_k / T}$. Labels are the members' mean logits,
+    weighed over the whole committee, on the very batches that a training will see, normalised by the statistics of these
+    (BSSL).
+
+    Args:
+        members: Teachers of a slot; at most as many as there are.
+        priors: `a_m` of each teacher, in PER CENT: the accuracy of a network trained on what that teacher alone distils, on
+            validation data; the method `dwa` with `rho=0, variance_weight=1` tells it. None for equal votes.
+        choice: `all`: the combinations in turn; `random`: one for each slot; `best`: those with the largest priors.
+        vote_temperature: `T` of the images' votes.
+        label_vote_temperature: That of the labels'.
+        label_parts: A batch of labels is divided into so many, each with statistics of its own: two halves in the authors'
+            code, whose students see these halves; `Condensed.train` shows whole batches.
+        classes_at_once: Classes of a slot at most; None for all.
+
+    Example:
+        >>> nets = {f"teacher_{i}": torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)) for i in range(3)}
+        >>> m = Roles(**nets, student=Condensed(torch.rand(4, 4), torch.tensor([0, 0, 1, 1])))
+        >>> slots = slots_of(m.student.module)
+        >>> [update.apply for update in CVDD(operations=()).step(slots, m, slots(0, m.rng()))]
+        [False, True]
+    """
+
+    averages: ClassVar[bool] = False
+
+    operations: tuple[str, ...] = ("crop", "flip", "roll")
+    label_batch_size: int = 16
+    label_operations: tuple[str, ...] = ("crop", "flip")
+    label_statistics: Literal["running", "batch"] = "batch"
+    members: int = 2
+    priors: tuple[float, ...] | None = None
+    choice: Choice = "all"
+    vote_temperature: float = 5.0
+    label_vote_temperature: float = 10.0
+    label_parts: int = 1
+    classes_at_once: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field("members", self.members, self.members >= 1, "1 or more")
+        check_field("choice", self.choice, self.choice in CHOICES, " | ".join(CHOICES))
+        for name in ("vote_temperature", "label_vote_temperature"):
+            check_field(name, getattr(self, name), getattr(self, name) > 0, "above 0")
+        most = self.label_batch_size // 2
+        check_field("label_parts", self.label_parts, 1 <= self.label_parts <= most, f"1 to {most}, two samples each")
+        at_once = self.classes_at_once
+        check_field("classes_at_once", at_once, at_once is None or at_once >= 2, "2 or more, or none for all")
+
+    def check(self, m: Roles, batch: Batch) -> None:
+        """As the base class, and there is one prior for each teacher."""
+        super().check(m, batch)
+        if self.priors is not None and len(self.priors) != len(m.teachers):
+            raise UsageError(
+                "priors and teachers differ in number", where="method.priors", found=len(self.priors),
+                expected=f"{len(m.teachers)}, one for each teacher in their order",
+            )  # fmt: skip
+
+    def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
+        """Images, labels."""
+        small: Any = m.student.module
+        slots = slots_of(small, self.classes_at_once)
+        yield Convert("student", Become(self.begun(small)), name="give bounds")
+        step = partial(self.step, slots)
+        yield Train(step, roles={"student": None}, frozen=list(m.teachers), data=slots, name="recover")
+        yield from self.labelled(m, self.label_parts)
+
+    def step(self, slots: Slots, m: Roles, batch: Batch) -> Iterator[Update]:  # type: ignore[override]
+        """One step of the images of all slots, one member of each slot after the other: only one graph is held."""
+        small: Any = m.student.module
+        roles, priors = list(m.teachers.values()), self.known(len(m.teachers))
+        count = min(self.members, len(roles))
+        for k in range(count):
+            losses = []
+            for i, slot in enumerate(numbers(batch.x)):
+                chosen = seats(slot, len(roles), count, self.choice, priors, m.seed)
+                weight = float(votes([priors[j] for j in chosen], self.vote_temperature)[k])
+                rows = slots.rows[slot]
+                x = self.view(m, batch, i, small.x[rows])
+                losses.append(weight * self.recovery(roles[chosen[k]], x, small.y[rows]))
+            yield Update("student", total(losses, small, len(slots)), apply=k == count - 1)
+
+    def known(self, teachers: int) -> tuple[float, ...]:
+        """The priors, equal ones where none are given."""
+        return self.priors or (0.0,) * teachers
+
+    def weights(self, m: Roles) -> Tensor:
+        """The votes of the whole committee in the labels."""
+        return votes(self.known(len(m.teachers)), self.label_vote_temperature)

@@ -1,0 +1,1 @@
+"""Fair synthetic tables by distilling a fair latent space."""

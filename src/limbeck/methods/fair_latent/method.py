@@ -1,0 +1,171 @@
+"""A table without what it knows of a group: a fair latent space, learned by a big encoder and handed to a small one."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import nn
+
+from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
+from limbeck.core.method import Method
+from limbeck.core.roles import Roles
+from limbeck.core.stages import Collect, Convert, Stage, Train
+from limbeck.core.update import Update
+from limbeck.diffusion.draws import Draws
+from limbeck.evaluate.fairness import synthesise
+from limbeck.losses.independence import gaussian_kl, group_distance
+from limbeck.methods.checks import check_field
+from limbeck.nn.vae import TableVAE
+
+
+@dataclass(frozen=True)
+class FairLatent(Method):
+    """Fair synthetic data by distilling a fair representation (Sikder et al. 2024).
+
+    The teacher, an autoencoder that is told the group, learns rows under a penalty on what its latent says of it (FairDisCo):
+    `rec + kl_weight KL + fairness V^2`. Then a smaller encoder in front of the teacher's decoder learns the teacher's latent:
+    `||mu' - mu||^2 + utility KL(teacher || student)`. Last, rows are drawn with groups of their own and written as a table.
+    Batches are rows, one-hot, with the group as label; the target is one of the columns.
+
+    The two losses of the second stage are not told in full by the paper; these are reconstructions (inferred).
+
+    Args:
+        fairness: Weight of the penalty, as a share of what two groups that have nothing in common would have.
+        kl_weight: Of the distance of latents from the standard normal.
+        utility: Weight of the divergence of the student's latent from the teacher's.
+        teach_steps: Steps of the first stage; 0 takes the teacher as it is.
+        label_decode: How the target is drawn: `marginal`, averaged over groups, or `literal`, as the other columns.
+        rows: Of the table; 0 for as many as there are to learn from.
+
+    Example:
+        >>> net = lambda hidden: TableVAE((2, 2), latent=2, hidden=hidden)
+        >>> m, x = Roles(teacher=net(8), student=net(4)), torch.eye(4)
+        >>> batch = Batch(x=x, y=torch.tensor([0, 1, 0, 1]), id=torch.arange(4))
+        >>> FairLatent().teach(m, batch).role, FairLatent().step(m, batch).role
+        ('teacher', 'student')
+    """
+
+    trains: ClassVar[tuple[str, ...]] = ("student",)
+    frozen: ClassVar[tuple[str, ...]] = ("teacher",)
+    makes: ClassVar[tuple[str, ...]] = ("teacher",)
+    logits: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...] | None] = ()
+
+    fairness: float = 10.0
+    kl_weight: float = 0.2
+    utility: float = 1.0
+    teach_steps: int = 500
+    label_decode: Literal["marginal", "literal"] = "marginal"
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("fairness", "kl_weight", "utility", "teach_steps", "rows"):
+            check_field(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        known = ("marginal", "literal")
+        check_field("label_decode", self.label_decode, self.label_decode in known, " | ".join(known))
+
+    def check(self, m: Roles, batch: Batch) -> None:
+        """Two models of the same table and latent, and rows with groups."""
+        for name in ("teacher", "student"):
+            if not isinstance(m[name].module, TableVAE):
+                raise UsageError(
+                    "this is no model of a table", where=f"roles.{name}", found=type(m[name].module).__name__,
+                    expected="limbeck.nn.vae.TableVAE",
+                )  # fmt: skip
+        teacher: Any = m.teacher.module
+        student: Any = m.student.module
+        shapes = [[p.shape for p in model.decoder.parameters()] for model in (teacher, student)]
+        if shapes[0] != shapes[1] or teacher.sizes != student.sizes:
+            raise UsageError(
+                "the teacher's decoder does not fit the student", where="roles.student", found=shapes[1],
+                expected=shapes[0], fix="the same columns, groups, latent and decoder_hidden",
+            )  # fmt: skip
+        if batch.x.shape[1:] != (sum(teacher.sizes),):
+            raise UsageError(
+                "rows do not fit the models", where="data", found=list(batch.x.shape), expected=sum(teacher.sizes)
+            )
+
+    def check_data(self, data: Any) -> None:
+        """There are two groups at least."""
+        groups = getattr(getattr(data, "train", None), "labels", None)
+        if groups is None or len(groups.unique()) < 2:
+            raise UsageError(
+                "there are no groups to be fair to", where="data.train.y",
+                found="none" if groups is None else f"one value, {groups.unique().tolist()}",
+                expected="the protected attribute, with two values or more",
+            )  # fmt: skip
+
+    def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
+        """A fair teacher, a small encoder, a table."""
+        if self.teach_steps:
+            yield Train(self.teach, roles={"teacher": None}, data=data.train, steps=self.teach_steps, name="teach")
+        yield Convert("student", TakeDecoder(m.teacher.module), name="take the teacher's decoder")
+        yield Train(self.step, roles={"student": None}, frozen=self.frozen, data=data.train)
+        yield Collect("table", partial(self._table, data.train))
+
+    def teach(self, m: Roles, batch: Batch) -> Update:
+        """One update of the teacher."""
+        teacher: Any = m.teacher.module
+        mean, logvar = teacher.encode(batch.x, batch.y)
+        z = mean + (0.5 * logvar).exp() * Draws(m, batch).normal("latent", mean)
+        fair = group_distance(mean, logvar, batch.y)
+        loss = teacher.reconstruction(teacher.decode(z, batch.y), batch.x)
+        loss = loss + self.kl_weight * gaussian_kl(mean, logvar) + self.fairness * fair
+        return Update("teacher", loss, logs={"group_distance": fair.detach()})
+
+    def step(self, m: Roles, batch: Batch) -> Update:
+        """One update of the small encoder."""
+        teacher: Any = m.teacher.module
+        student: Any = m.student.module
+        with torch.no_grad():
+            mean, logvar = teacher.encode(batch.x, batch.y)
+        own, own_logvar = student.encode(batch.x, batch.y)
+        quality = (own - mean).square().mean()
+        return Update("student", quality + self.utility * gaussian_kl(mean, logvar, own, own_logvar))
+
+    def _table(self, source: Any, m: Roles, folder: Path) -> dict[str, Any]:
+        student: Any = m.student.module
+        count = self.rows or len(source)
+        rows = torch.arange(count) % len(source)
+        batch = source.batch(rows, 0)
+        device = next(student.parameters()).device
+        literal = self.label_decode == "literal"
+        codes, groups = synthesise(student, batch.x.to(device), batch.y.to(device), m.seed, literal)
+        with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([*(f"column_{k}" for k in range(codes.shape[1])), "group"])
+            writer.writerows([*row, g] for row, g in zip(codes.tolist(), groups.tolist(), strict=True))
+        return {"rows": count, "columns": codes.shape[1]}
+
+
+@dataclass(frozen=True, eq=False)
+class TakeDecoder:
+    """A model with another one's decoder, which does not learn, as a conversion.
+
+    Args:
+        of: The other model.
+    """
+
+    of: nn.Module
+
+    def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
+        """The model with a copy of the decoder, and the record that keeps it still."""
+        made: Any = take_decoder(copy.deepcopy(module), {})
+        other: Any = self.of
+        made.decoder.load_state_dict({k: v.detach().clone() for k, v in other.decoder.state_dict().items()})
+        return made, {"kind": f"{__name__}:take_decoder"}
+
+
+def take_decoder(module: nn.Module, record: Mapping[str, Any]) -> nn.Module:
+    """A model whose decoder does not learn."""
+    model: Any = module
+    model.decoder.requires_grad_(False)
+    return module

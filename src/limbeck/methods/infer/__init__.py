@@ -1,0 +1,1 @@
+"""Compensators that all classes share, added to real images."""

@@ -1,0 +1,1 @@
+"""Mirage: graphs condensed to frequent sets of computation trees."""

@@ -1,0 +1,1 @@
+"""Multi-student diffusion distillation."""

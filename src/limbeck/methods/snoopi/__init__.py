@@ -1,0 +1,1 @@
+"""One-step generation with random scales of guidance, and negative prompts in attention: SNOOPI (Nguyen et al. 2024)."""

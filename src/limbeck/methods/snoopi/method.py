@@ -1,0 +1,149 @@
+"""A diffusion model of many steps made a generator of one, under random guidance, which may be told what not to draw."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from limbeck.convert.slicing import Slice
+from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
+from limbeck.core.method import Method
+from limbeck.core.optim import Ema
+from limbeck.core.roles import Role, Roles
+from limbeck.core.stages import Convert, Stage, Train
+from limbeck.core.update import Update
+from limbeck.diffusion.draws import Draws
+from limbeck.diffusion.objectives import Elements, per_sample, surrogate
+from limbeck.diffusion.score_gap import alpha_weight, drawn_scale, score_gap
+from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss
+from limbeck.methods.checks import check_field
+from limbeck.nn.nasa import away
+
+
+@dataclass(frozen=True)
+class SNOOPI(Method):
+    """Variational score distillation under a random scale of guidance, with negative prompts (Nguyen et al. 2024).
+
+    PG-SB: the student's gradient on `x = D_student(sigma_T z, T, y)` is `sigma_t^2 (e_teacher^k - e_fake^k)`, both guided by the
+    same k, drawn from a range. NASA-T: the student draws with `y` and a negative prompt `y_-`, which its cross-attention leads
+    away from by a scale drawn for each step; the teacher is guided away from `y_-` in the place of nothing, `fake` is not.
+
+    Args:
+        guidance: The ends of the range of k; that each sample draws its own is inferred.
+        nasa: Whether it is trained with negative prompts, `batch.negative`.
+        nasa_scale: The ends of the range of the scale by which cross-attention leads away from them.
+        times: Between which shares of the schedule the student is judged.
+        fake_times: Between which `fake` learns.
+        dropout: Share of samples for which `fake` is told nothing, without which its guidance means nothing.
+        elements: Whether a sample's elements are averaged or add up.
+        ema: Decay of an average of the student, the role `student_average`; 0 for none.
+
+    Example:
+        >>> from limbeck.diffusion import Denoiser, RectifiedFlow
+        >>> from limbeck.nn.time_mlp import TimeMLP
+        >>> net = lambda: Denoiser(TimeMLP(2, 8, classes=3), RectifiedFlow(), "flow_prediction", null=3)
+        >>> m = Roles(teacher=net(), student=net(), fake=net())
+        >>> batch = Batch(x=torch.randn(4, 2), y=torch.tensor([0, 1, 2, 0]), id=torch.arange(4))
+        >>> [update.role for update in SNOOPI().step(m, batch)]
+        ['student', 'fake']
+    """
+
+    trains: ClassVar[tuple[str, ...]] = ("student",)
+    makes: ClassVar[tuple[str, ...]] = ("fake",)
+    logits: ClassVar[tuple[str, ...]] = ()
+
+    guidance: tuple[float, float] = (0.5, 4.0)
+    nasa: bool = False
+    nasa_scale: tuple[float, float] = (0.0, 1.0)
+    times: tuple[float, float] = (0.02, 0.98)
+    fake_times: tuple[float, float] = (0.001, 1.0)
+    dropout: float = 0.1
+    elements: Elements = "mean"
+    ema: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("guidance", "nasa_scale"):
+            low, high = getattr(self, name)
+            check_field(name, (low, high), 0 <= low <= high, "0 <= from <= to")
+        for name in ("times", "fake_times"):
+            low, high = getattr(self, name)
+            check_field(name, (low, high), 0 < low < high <= 1, "0 < from < to <= 1")
+        check_field("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
+        check_field("elements", self.elements, self.elements in ("sum", "mean"), "sum | mean")
+        check_field("ema", self.ema, 0 <= self.ema < 1, "in [0, 1)")
+
+    def check(self, m: Roles, batch: Batch) -> None:
+        """Denoisers of one schedule and of samples of one shape; for NASA negative prompts and a student that attends to them."""
+        check_denoisers(m, "teacher", "student", "fake")
+        check_follower(m)
+        if "y" not in batch:
+            raise UsageError(
+                "guidance needs conditions", where="batch.y", found=repr(batch), fix="Noise(..., classes=C)"
+            )
+        if self.nasa and ("negative" not in batch or batch.negative.shape != batch.y.shape):
+            raise UsageError(
+                "nasa needs a negative prompt for each sample", where="batch.negative", found=repr(batch),
+                expected="in the form of batch.y", fix="Noise(..., conditions=prompts, negatives=negative_prompts)",
+            )  # fmt: skip
+        with torch.no_grad():
+            found = self.generate(m, batch).shape
+        if found != batch.x.shape:
+            raise UsageError(
+                "the student makes other samples than noise is given", where="roles.student", found=list(found),
+                expected=list(batch.x.shape),
+            )  # fmt: skip
+
+    def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
+        """A copy of the teacher that follows the student, then both in turns."""
+        if "fake" not in m:
+            yield Convert("fake", Slice({}), of="teacher", name="copy the teacher")
+        average = {"student_average": Ema("student", self.ema)} if self.ema else {}
+        yield Train(self.step, roles={"student": None, "fake": None}, frozen=self.frozen, data=data.train, ema=average)
+
+    def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
+        """One update of the student and one of what follows it."""
+        draws = Draws(m, batch)
+        x, scale = self.generate(m, batch), drawn_scale(self.guidance, draws)
+        gap = score_gap(
+            m, draws, x, batch.y, scale=scale, fake_scale=scale, times=self.times,
+            negative=batch.negative if self.nasa else None,
+        )  # fmt: skip
+        yield Update("student", surrogate(x, gap, self.elements), logs={"gap": per_sample(gap.square()).sqrt().mean()})
+        loss = denoising_loss(
+            m, "fake", draws, x, batch.y, times=self.fake_times, dropout=self.dropout, weight=alpha_weight,
+            elements=self.elements,
+        )  # fmt: skip
+        yield Update("fake", loss)
+
+    def generate(self, m: Roles, batch: Batch) -> Tensor:
+        """The student's samples for the noise `batch.x` and the conditions `batch.y`, away from `batch.negative`."""
+        if not self.nasa:
+            return m.student(batch.x, condition=batch.y)
+        low, high = self.nasa_scale
+        scale = low + (high - low) * Draws(m, batch).once("nasa")
+        with away(m.student.module, states(m.student, batch.negative), scale):
+            return m.student(batch.x, condition=batch.y)
+
+
+def states(role: Role, condition: Tensor) -> Tensor:
+    """What the cross-attention of a role sees of conditions `[B, L, C]`: what its network's `states` makes of them.
+
+    Raises:
+        UsageError: The network has no such function, and the conditions are not states themselves.
+    """
+    module: Any = role.module
+    make = getattr(getattr(module, "net", None), "states", None)
+    if make is not None:
+        return make(condition)
+    if condition.ndim == 3 and condition.is_floating_point():
+        return condition
+    raise UsageError(
+        "it is not known what attention sees of a negative prompt", where=f"roles.{role.name}.net.states",
+        found=f"conditions {list(condition.shape)}", expected="a method `states(condition)` of the network that gives [B, L, C]",
+        fix="add it, or give embeddings [B, L, C] as conditions",
+    )  # fmt: skip
