@@ -470,7 +470,8 @@ def test_several_teachers_and_unlabelled_data_are_planned() -> None:
 
 
 DEEP = {
-    "cv-dd-imagenet", "disback-sd21", "diversity-cfg-gpt2", "dwa-imagenet-resnet18", "infer-imagenet", "mcm-modelscope", "mdt-dist-sd3",
+    "cv-dd-imagenet", "disback-sd21", "diversity-cfg-gpt2", "dwa-imagenet-resnet18",
+    "infer-imagenet", "mcm-modelscope", "mdt-dist-sd3",
     "msd-imagenet64", "phased-dmd-wan", "sid-sd21", "snoopi-sd21",
 }  # fmt: skip
 
