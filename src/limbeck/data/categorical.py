@@ -16,7 +16,7 @@ from limbeck.data.sources import TensorSource
 
 @dataclass(frozen=True)
 class Columns:
-    """How the columns of a table become categories: those of words and whole numbers by value, others by quantiles.
+    """How the columns of a table become categories: numbers of many values by quantiles, all others by value.
 
     Args:
         names: Of the columns.
@@ -34,13 +34,13 @@ class Columns:
 
         Args:
             table: Values by column.
-            bins: Of columns of numbers with more values than that which are not all whole.
+            bins: Of columns of numbers with more than twice as many different values.
 
         Raises:
             UsageError: A value is missing.
 
         Example:
-            >>> columns = Columns.of({"age": [20.5, 30.1, 41.7, 50.2], "sex": ["f", "m", "f", "m"]}, bins=2)
+            >>> columns = Columns.of({"age": [20.5, 30.1, 41.7, 50.2, 55.9], "sex": ["f", "m", "f", "m", "f"]}, bins=2)
             >>> columns.sizes, columns.codes({"age": [60.0], "sex": ["m"]}).tolist()
             ((2, 2), [[1, 1]])
         """
