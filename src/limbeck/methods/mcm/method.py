@@ -230,7 +230,7 @@ class MCM(Method):
         share = draws.uniform("between").to(fake).repeat_interleave(self.images).view(-1, *(1,) * (fake.ndim - 1))
         with torch.no_grad():
             between = self.seen(m, torch.lerp(fake, real.repeat_interleave(times, 0), share))
-        between = [f.detach().requires_grad_() for f in between]
+        between = [f.detach().requires_grad_().clone() for f in between]  # no leaves, which a plan's hooks cannot count
         scores = m.discriminator(*between)
         return loss + self.penalty * torch.stack([gradient_penalty(scores, f) for f in between]).sum()
 
