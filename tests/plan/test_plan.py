@@ -495,7 +495,7 @@ def test_every_recipe_plans(file: Path, tmp_path: Path) -> None:
     plan = plan_recipe(Recipe.load(file, overrides), samples=50_000)
     assert plan.fits
     assert plan.hours is not None
-    assert plan.hours > 0
+    assert plan.hours > 0 or not plan.stages  # what trains nothing takes no time that a plan could tell
     for stage in plan.stages:  # multipliers of a budget, particles and pixels multiply no matrices, others do
         pixels = any(role.learns and role.model == "Condensed" for role in stage.roles)
         assert any(role.flops > 0 for role in stage.roles if role.learns or pixels)

@@ -176,7 +176,7 @@ class MCM(Method):
             goal = m.head_average(target) if learns else motion_of(target, self.motion, self.frames)
         found = m.head(made) if learns else motion_of(made, self.motion, self.frames)
         loss = pseudo_huber(found, goal, self.huber)
-        logs = {"motion": loss.detach(), "spread": found.detach().std()}
+        logs = {"motion": loss.detach(), "magnitude": found.detach().square().mean()}
         if self.adversarial_weight:
             shown = frames_at(made, self.places(draws, made), self.frames)
             fooled = generator_loss(m.discriminator(*self.seen(m, shown)), "wgan")
