@@ -9,7 +9,7 @@ from limbeck import Roles
 from limbeck.core.errors import UsageError
 from limbeck.data import TensorSource
 from limbeck.data.condensed import Condensed
-from limbeck.data.coresets import herding, medoids
+from limbeck.data.coresets import herding, medoids, mosaics
 from limbeck.nn.convnet import ConvNet
 from limbeck.nn.mlp import mlp
 from limbeck.optim.unroll import call_flat, flatten
@@ -194,6 +194,38 @@ def test_medoids_and_herding():
     for choose in (lambda: medoids(x, y, 11), lambda: herding(x, y, 11)):
         with pytest.raises(UsageError, match="too few samples"):
             choose()
+
+
+def test_mosaics_are_of_patches_sorted_by_what_a_network_knows():
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.rand(30, 1, 8, 8, generator=g), torch.arange(30) % 2
+    flat = TensorSource((torch.arange(30.0) / 30).view(-1, 1, 1, 1).expand(30, 1, 8, 8).contiguous(), y)
+
+    def bright(x):  # class 0 is dark, class 1 is bright
+        mean = x.mean((1, 2, 3))
+        return torch.stack([-mean, mean], 1)
+
+    easy, medium, hard = (mosaics(flat, bright, 2, difficulty=d) for d in ("easy", "medium", "hard"))
+    steps = [found[:2].amax((1, 2, 3)).max() for found in (easy, medium, hard)]
+    assert steps == sorted(steps)
+    own = flat.x[y == 0].mean((1, 2, 3))
+    patches = easy[:2].unfold(2, 4, 4).unfold(3, 4, 4).mean((1, 4, 5)).flatten(1)  # [n, factor^2] of one shade each
+    torch.testing.assert_close(patches.T.flatten(), own[:8], atol=1e-5, rtol=0)  # the darkest, ranks dealt out in turn
+    torch.testing.assert_close(hard[2:].max(), flat.x[15].max())  # of those that should be bright, the eight darkest
+    source = TensorSource(x, y)
+    assert mosaics(source, bright, 3).equal(mosaics(source, bright, 3))
+    assert not mosaics(source, bright, 3).equal(mosaics(source, bright, 3, seed=1))
+    assert mosaics(source, bright, 1, factor=3).shape == (2, 1, 8, 8)  # 8 is no multiple of 3
+    assert 0 <= float(mosaics(source, bright, 3).min()) <= float(mosaics(source, bright, 3).max()) <= 1
+    many = mosaics(source, bright, 1, factor=1, crops=20, difficulty="easy")
+    one = mosaics(source, bright, 1, factor=1, crops=1, difficulty="easy")
+    assert bright(many)[1, 1] > bright(one)[1, 1]  # the best of more crops is better
+    with pytest.raises(UsageError, match="too few"):
+        mosaics(source, bright, 4)
+    with pytest.raises(UsageError, match="no such difficulty"):
+        mosaics(source, bright, 1, difficulty="simple")
+    with pytest.raises(UsageError, match="patches are parts of images"):
+        mosaics(TensorSource(torch.rand(8, 4), torch.arange(8) % 2), bright, 1)
 
 
 def test_what_does_not_fit(tmp_path):

@@ -363,7 +363,7 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
     },
     "cv_dd": {
         "method": lambda: registry.find("cv_dd")(
-            priors=(60.0, 65.0, 50.0), operations=(), clip=None, label_epochs=2, label_operations=()
+            init="real", priors=(60.0, 65.0, 50.0), operations=(), clip=None, label_epochs=2, label_operations=()
         ),
         "roles": partial(remembering, 3),
         "optim": Optim("adam", lr=0.1),

@@ -12,6 +12,7 @@ from limbeck.core.errors import UsageError
 from limbeck.data import Data, TensorSource
 from limbeck.data.augment import Views, augment
 from limbeck.data.condensed import Condensed, from_source
+from limbeck.data.coresets import mosaics
 from limbeck.data.slots import slots_of
 from limbeck.diffusion.draws import Draws
 from limbeck.engine.run import execute
@@ -130,8 +131,9 @@ def test_the_gradient_is_the_weighted_sum_of_the_members_on_one_view():
 
 
 def test_slots_with_other_members_in_any_micro_batch():
-    whole = recovered(CVDD(label_epochs=1), committee(0, 1, 2, each=4))
-    parts = recovered(CVDD(label_epochs=1), committee(0, 1, 2, each=4), micro_batches=4)
+    method = CVDD(init="real", label_epochs=1)
+    whole = recovered(method, committee(0, 1, 2, each=4))
+    parts = recovered(method, committee(0, 1, 2, each=4), micro_batches=4)
     torch.testing.assert_close(parts.x, whole.x, atol=1e-6, rtol=0)
 
 
@@ -203,12 +205,24 @@ def test_the_stretched_cosine():
         Optim(stretch=0.5)
 
 
+def test_images_begin_as_mosaics_of_patches_of_medium_difficulty():
+    m, source = committee(0, 1), images()
+    answer = mean_logits(list(m.teachers.values()))
+    expected = mosaics(source, answer, 2, difficulty="medium", seed=m.seed)
+    method = CVDD(operations=())
+    assert method.mosaics(source, m, None).equal(expected)
+    mixed = torch.tensor([2, 0, 5, 1, 4, 3])
+    m.student = Condensed(m.student.module.x[mixed], m.student.module.y[mixed], info=m.student.module.info)
+    assert method.mosaics(source, m, None).equal(expected[torch.tensor([2, 0, 4, 1, 5, 3])])
+
+
 # What cannot work
 
 
 def test_bad_fields_and_committees_are_refused():
     for bad, where in [
-        ({"members": 0}, "members"), ({"choice": "some"}, "choice"), ({"vote_temperature": 0}, "vote_temperature"),
+        ({"init": "noise"}, "init"), ({"members": 0}, "members"),
+        ({"choice": "some"}, "choice"), ({"vote_temperature": 0}, "vote_temperature"),
         ({"label_vote_temperature": -1}, "label_vote_temperature"), ({"label_parts": 9}, "label_parts"),
         ({"classes_at_once": 1}, "classes_at_once"),
     ]:  # fmt: skip
@@ -221,6 +235,8 @@ def test_bad_fields_and_committees_are_refused():
     m.teacher_1 = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     with pytest.raises(UsageError, match="remembers no batch statistics"):
         CVDD().check(m, batch)
+    with pytest.raises(UsageError, match="mosaics are made of images"):
+        CVDD().check(committee(0, 1), Batch(x=torch.rand(2, 4), y=torch.zeros(2)))
 
 
 def test_one_teacher_will_do():

@@ -12,14 +12,17 @@ from torch import Tensor
 from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
 from limbeck.core.roles import Roles
-from limbeck.core.stages import Convert, Stage, Train
+from limbeck.core.source import Source
+from limbeck.core.stages import Collect, Convert, Stage, Train
 from limbeck.core.update import Update
-from limbeck.data.condensed import Become
+from limbeck.data.condensed import Become, Condensed
+from limbeck.data.coresets import mosaics
 from limbeck.data.ids import numbers
 from limbeck.data.slots import Slots, slots_of
 from limbeck.methods.checks import check_field
 from limbeck.methods.recovery import Recovered, total
 from limbeck.teachers.committee import CHOICES, Choice, seats, votes
+from limbeck.teachers.relabel import mean_logits
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class CVDD(Recovered):
     (BSSL).
 
     Args:
+        init: Images to begin with: `mosaics` of real patches of medium difficulty, or `real`, as they are given.
         members: Teachers of a slot; at most as many as there are.
         priors: `a_m` of each teacher, in PER CENT: the accuracy of a network trained on what that teacher alone distils, on
             validation data; the method `dwa` with `rho=0, variance_weight=1` tells it. None for equal votes.
@@ -60,6 +64,7 @@ class CVDD(Recovered):
     label_batch_size: int = 16
     label_operations: tuple[str, ...] = ("crop", "flip")
     label_statistics: Literal["running", "batch"] = "batch"
+    init: Literal["mosaics", "real"] = "mosaics"
     members: int = 2
     priors: tuple[float, ...] | None = None
     choice: Choice = "all"
@@ -70,6 +75,7 @@ class CVDD(Recovered):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_field("init", self.init, self.init in ("mosaics", "real"), "mosaics | real")
         check_field("members", self.members, self.members >= 1, "1 or more")
         check_field("choice", self.choice, self.choice in CHOICES, " | ".join(CHOICES))
         for name in ("vote_temperature", "label_vote_temperature"):
@@ -80,8 +86,13 @@ class CVDD(Recovered):
         check_field("classes_at_once", at_once, at_once is None or at_once >= 2, "2 or more, or none for all")
 
     def check(self, m: Roles, batch: Batch) -> None:
-        """As the base class, and there is one prior for each teacher."""
+        """As the base class, there is one prior for each teacher, and mosaics are of images."""
         super().check(m, batch)
+        if self.init == "mosaics" and (not isinstance(batch.x, Tensor) or batch.x.ndim != 4):
+            raise UsageError(
+                "mosaics are made of images", where="method.init", found=repr(batch), expected="samples [C, H, W]",
+                fix="set init to real",
+            )  # fmt: skip
         if self.priors is not None and len(self.priors) != len(m.teachers):
             raise UsageError(
                 "priors and teachers differ in number", where="method.priors", found=len(self.priors),
@@ -89,13 +100,27 @@ class CVDD(Recovered):
             )  # fmt: skip
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
-        """Images, labels."""
+        """Images to begin with, images, labels."""
         small: Any = m.student.module
         slots = slots_of(small, self.classes_at_once)
-        yield Convert("student", Become(self.begun(small)), name="give bounds")
+        begun = self.begun(small)
+        if self.init == "mosaics":
+            made = yield Collect("mosaics", partial(self.mosaics, data.train))
+            if made.value is not None:
+                begun = Condensed(made.value.to(small.x), small.y, info=begun.info)
+        yield Convert("student", Become(begun), name="images to begin with")
         step = partial(self.step, slots)
         yield Train(step, roles={"student": None}, frozen=list(m.teachers), data=slots, name="recover")
         yield from self.labelled(m, self.label_parts)
+
+    def mosaics(self, source: Source, m: Roles, folder: Any) -> Tensor:
+        """Patches that the committee knows neither best nor least, as images `[N, C, H, W]` in the order of the set."""
+        small: Any = m.student.module
+        each, device = len(small.y) // small.num_classes, small.x.device
+        answer = mean_logits(list(m.teachers.values()))
+        found = mosaics(source, lambda x: answer(x.to(device)).cpu(), each, difficulty="medium", seed=m.seed)
+        order = small.y.argsort(stable=True).argsort().cpu()
+        return found[order]
 
     def step(self, slots: Slots, m: Roles, batch: Batch) -> Iterator[Update]:  # type: ignore[override]
         """One step of the images of all slots, one member of each slot after the other: only one graph is held."""

@@ -10,6 +10,7 @@ from limbeck.teachers.relabel import epoch_labels, mean_logits, with_labels
 
 RATES = (0.03,)
 WHOLE = CVDD(
+    init="real",
     operations=("roll",),
     bn_weight=0.05,
     label_epochs=30,
