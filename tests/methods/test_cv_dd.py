@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -194,6 +195,13 @@ def test_labels_are_of_the_whole_committee_on_the_batches_that_will_be_seen():
         torch.testing.assert_close(table[1, rows].float(), z, atol=2e-3, rtol=2e-3)
     halves = epoch_labels(small, answer, views, 1, roles, parts=2)
     assert not halves[0].allclose(table[0], atol=1e-3)
+
+
+def test_halves_of_a_batch_have_statistics_of_their_own_in_a_run():
+    method = CVDD(operations=(), label_batch_size=6, label_epochs=1)
+    whole, halves = (recovered(replace(method, label_parts=parts), committee(0, 1)) for parts in (1, 2))
+    assert whole.x.equal(halves.x)
+    assert not whole.soft.allclose(halves.soft, atol=1e-3)
 
 
 def test_the_stretched_cosine():

@@ -1,5 +1,7 @@
 """FTD and MTT: what experts are like, what is delivered, and a set that is better than where it began."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -58,7 +60,7 @@ def test_flat_experts_are_less_sharp(tmp_path):
             loss = torch.nn.functional.cross_entropy(call_flat(net, at, x), y)
             (g,) = torch.autograd.grad(loss, at)
             far = torch.nn.functional.cross_entropy(call_flat(net, w + 0.3 * g / g.norm(), x), y)
-            rises.append(float(far - loss))
+            rises.append(float((far - loss).detach()))
         rise[name] = sum(rises) / 3
     assert rise["flat"] < rise["plain"]
 
@@ -72,6 +74,20 @@ def test_the_loss_falls_and_the_set_teaches_better():
     how = Training(60, optim=Optim("sgd", lr=0.1, momentum=0.9))
     scores = [sum(protocol(s, source(), {"": network}, how)[""]) for s in (before, m.student.module)]
     assert scores[1] > scores[0]
+
+
+def test_experts_are_drawn_by_the_seed_of_the_run(tmp_path):
+    ends = []
+    for seed in (0, 0, 1):
+        m = roles()
+        m.seed = seed
+        stage = next(FAST.trained(m, Data(train=source())))
+        (tmp_path / str(len(ends))).mkdir()
+        stage.make(m, tmp_path / str(len(ends)))
+        experts = Trajectories(tmp_path / str(len(ends)), network(), replace(FAST.expert_training, seed=seed))
+        ends.append(experts(0, 4))
+    assert ends[0].equal(ends[1])
+    assert not ends[0].allclose(ends[2])
 
 
 def test_the_average_is_what_is_delivered():
