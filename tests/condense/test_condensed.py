@@ -1,5 +1,6 @@
 """Condensed sets: what they hold, back from a folder, trained on, judged, and made by a run."""
 
+import copy
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -135,6 +136,26 @@ def test_replayed_labels_are_those_of_the_views_that_are_seen():
         seen = see(x[rows])[0]
         a, b = trained(seen), teacher(seen)
         torch.testing.assert_close(a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True), atol=0.02, rtol=0.1)
+
+
+def test_parts_of_a_batch_have_statistics_of_their_own_in_a_training():
+    """One step on a whole batch by hand, half after half; a set that says so is shown so where its labels are trained on."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 4), torch.arange(8) % 3
+    start = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3))
+    optim = Optim("sgd", lr=0.5)
+    told = Condensed(x, y, soft=torch.randn(1, 8, 3), info={"label_parts": 2, "views": {"batch_size": 8}})
+    ((rows, _),) = Views(8).epoch(0, 8)
+    by_hand = copy.deepcopy(start).train()
+    logits = torch.cat([by_hand(half) for half in x[rows].chunk(2)])
+    (-(told.soft[0][rows].softmax(1) * logits.log_softmax(1)).sum(1).mean()).backward()
+    expected = by_hand[0].weight.detach() - 0.5 * by_hand[0].weight.grad
+    halves = train_on(told, copy.deepcopy(start), steps=1, optim=optim)
+    torch.testing.assert_close(halves[0].weight.detach(), expected)
+    whole = train_on(told, copy.deepcopy(start), steps=1, optim=optim, parts=1)
+    assert not whole[0].weight.allclose(expected, atol=1e-5)
+    plain, one = (train_on(told, copy.deepcopy(start), steps=1, optim=optim, labels="hard", parts=p) for p in (None, 1))
+    assert plain[0].weight.equal(one[0].weight)
 
 
 def test_several_networks_several_times():

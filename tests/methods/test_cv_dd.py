@@ -202,6 +202,7 @@ def test_halves_of_a_batch_have_statistics_of_their_own_in_a_run():
     whole, halves = (recovered(replace(method, label_parts=parts), committee(0, 1)) for parts in (1, 2))
     assert whole.x.equal(halves.x)
     assert not whole.soft.allclose(halves.soft, atol=1e-3)
+    assert ("label_parts" in whole.info, halves.info["label_parts"]) == (False, 2)
 
 
 def test_the_stretched_cosine():

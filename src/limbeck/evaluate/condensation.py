@@ -38,6 +38,8 @@ class Training:
         views: Order, augmentation and mixing. Sets whose labels belong to views of their own (`soft` of `[E, N, C]`) are gone
             through in these, epoch after epoch, again from the first when they are at an end.
         temperature: Of soft labels; None for the set's own, else 1. The loss is not multiplied by its square.
+        parts: A batch is shown in so many parts, each with batch statistics of its own, for one step; None for the set's own
+            number where its labels are trained on, else 1.
     """
 
     steps: int = 500
@@ -45,6 +47,7 @@ class Training:
     optim: Optim | None = None
     views: Views = field(default_factory=Views)
     temperature: float | None = None
+    parts: int | None = None
 
     def resolved(self, condensed: Condensed) -> Training:
         """With what the set says about itself.
@@ -57,7 +60,8 @@ class Training:
             raise UsageError("this set has no soft labels", where="labels", found="soft", expected="hard")
         optim = self.optim or (SGD if labels == "hard" else ADAMW)
         temperature = self.temperature or condensed.info.get("temperature", 1.0)
-        found = replace(self, labels=labels, temperature=temperature, optim=optim)
+        parts = self.parts or (condensed.info.get("label_parts", 1) if labels == "soft" else 1)
+        found = replace(self, labels=labels, temperature=temperature, optim=optim, parts=parts)
         if labels == "soft" and condensed.soft is not None and condensed.soft.ndim == 3:
             own = dict(condensed.info["views"])
             found = replace(found, views=Views(**{**own, "operations": tuple(own.get("operations", ()))}))
@@ -105,7 +109,7 @@ def train_on(
             wanted = table[rows]
             if mixing is not None and not replayed:
                 wanted = mixing.targets(wanted)
-            logits = network(x)
+            logits = torch.cat([network(part) for part in x.chunk(how.parts or 1)])
             t = how.temperature or 1.0
             soft = wanted if how.labels == "hard" else (wanted / t).softmax(1)
             loss = soft_cross_entropy(logits if how.labels == "hard" else logits / t, soft)

@@ -128,7 +128,7 @@ class Recovered(Method):
             m: The roles.
             parts: A batch is divided into so many, where labels come from its statistics.
         """
-        views = self.views(m.seed)
+        views, own = self.views(m.seed), parts if self.label_statistics == "batch" else 1
 
         def label(m: Roles, folder: Any) -> Tensor:
             small, teachers = m.student.module, list(m.teachers.values())
@@ -137,10 +137,10 @@ class Recovered(Method):
             answer = mean_logits(teachers, self.weights(m))
             if views is None:
                 return static_labels(small, answer).cpu()
-            return epoch_labels(small, answer, views, self.label_epochs, by_batch, parts if by_batch else 1)
+            return epoch_labels(small, answer, views, self.label_epochs, by_batch, own)
 
         found = yield Collect("labels", label)
-        yield Convert("student", GiveLabels(found.value, views, self.temperature), name="give soft labels")
+        yield Convert("student", GiveLabels(found.value, views, self.temperature, own), name="give soft labels")
 
 
 def total(losses: list[Tensor], student: Condensed, units: int) -> Tensor:

@@ -80,9 +80,13 @@ def epoch_labels(
     return torch.stack(tables)
 
 
-def with_labels(condensed: Condensed, soft: Tensor | None, views: Views | None, temperature: float) -> Condensed:
+def with_labels(
+    condensed: Condensed, soft: Tensor | None, views: Views | None, temperature: float, parts: int = 1
+) -> Condensed:
     """A copy of a set with soft labels, and what a training has to know of them."""
     told: dict[str, Any] = {"temperature": temperature}
+    if parts > 1:
+        told["label_parts"] = parts
     if views is not None:
         told["views"] = {**asdict(views), "operations": list(views.operations)}
     return Condensed(
@@ -99,13 +103,15 @@ class GiveLabels:
         soft: As for `Condensed`; None in a plan.
         views: As for `epoch_labels`; None for labels of the samples as they are.
         temperature: Of a training.
+        parts: As for `epoch_labels`: a training shows its batches in the same parts.
     """
 
     soft: Tensor | None
     views: Views | None
     temperature: float
+    parts: int = 1
 
     def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """A copy of the set with labels, and the record that makes one of its form."""
         assert isinstance(module, Condensed)
-        return Become(with_labels(module, self.soft, self.views, self.temperature))(module)
+        return Become(with_labels(module, self.soft, self.views, self.temperature, self.parts))(module)

@@ -43,8 +43,8 @@ class CVDD(Recovered):
         choice: `all`: the combinations in turn; `random`: one for each slot; `best`: those with the largest priors.
         vote_temperature: `T` of the images' votes.
         label_vote_temperature: That of the labels'.
-        label_parts: A batch of labels is divided into so many, each with statistics of its own: two halves in the authors'
-            code, whose students see these halves; `Condensed.train` shows whole batches.
+        label_parts: A batch is labelled, and shown to networks that are trained on the set, in so many parts, each with
+            statistics of its own: two halves in the authors' code.
         classes_at_once: Classes of a slot at most; None for all.
 
     Example:
