@@ -46,6 +46,20 @@ def test_score_and_jacobian_are_those_of_the_density(schedule, label):
     torch.testing.assert_close(teacher.jacobian(x.detach(), t, c), vmap(jacrev(one))(x.detach(), t))
 
 
+@every
+def test_in_many_dimensions_too(schedule):
+    teacher = scattered(64, 10, 0.3, schedule).double()
+    t, c = torch.tensor([0.2, 0.6], dtype=torch.float64), torch.tensor([3, 7])
+    x = torch.randn(2, 64, generator=G, dtype=torch.float64).requires_grad_()
+    for own in (None, c):
+        (slope,) = torch.autograd.grad(teacher.log_prob(x, t, own).sum(), x)
+        torch.testing.assert_close(teacher.score(x, t, own), slope)
+        one = lambda x, t, c: teacher(x[None], t[None], c and torch.tensor([c]))[0]  # noqa: E731
+        for i in range(2):
+            expected = jacrev(one)(x[i].detach(), t[i], None if own is None else int(own[i]))
+            torch.testing.assert_close(teacher.jacobian(x.detach(), t, own)[i], expected)
+
+
 def test_density_has_mass_one_and_classes_share_it():
     teacher = ring(3, 1.0, 0.3, classes=3)
     line = torch.linspace(-4, 4, 161)
@@ -157,3 +171,15 @@ def test_how_many_different_samples_there_are():
         samples.energy_distance(torch.zeros(2, 3), torch.zeros(2, 2))
     with pytest.raises(UsageError, match="differ in size"):
         samples.wasserstein(torch.zeros(2, 3), torch.zeros(3, 3))
+
+
+def test_density_ratio_of_known_gaussians():
+    g = torch.Generator().manual_seed(0)
+    for dim, shift, std in ((1, 1.0, 1.0), (2, 0.5, 1.5), (3, 0.0, 2.0)):
+        x, y = torch.randn(4000, dim, generator=g), shift + std * torch.randn(4000, dim, generator=g)
+        exact = (((x - shift) / std).square() / 2 - x.square() / 2).sum(1) + dim * math.log(std)
+        found = samples.log_density_ratio(x, y, k=10)
+        assert found.mean().item() == pytest.approx(exact.mean().item(), abs=0.08)
+        assert float(torch.corrcoef(torch.stack([found, exact]))[0, 1]) > 0.6
+    with pytest.raises(UsageError, match="too few samples"):
+        samples.log_density_ratio(x[:5], y)
