@@ -46,14 +46,22 @@ def noisy(schedule: Schedule, draws: Draws, name: str, x: Tensor, low: float, hi
     return schedule.add_noise(x, draws.normal(f"{name} noise", x), t).to(x.dtype), t
 
 
-def predicted(role: Role, x_t: Tensor, t: Tensor, condition: Tensor | None, scale: Scale = 1.0) -> Tensor:
-    """A role's prediction of `x_0`, under guidance where there is a condition."""
+def predicted(
+    role: Role,
+    x_t: Tensor,
+    t: Tensor,
+    condition: Tensor | None,
+    scale: Scale = 1.0,
+    denoise: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """A role's prediction of `x_0`, under guidance where there is a condition; `denoise` may be called in its place."""
+    denoise = denoise or role
     if condition is None:
-        return role(x_t, t=t)
+        return denoise(x_t, t=t)
     module: Any = role.module
     if isinstance(scale, float | int) and scale == 1:
-        return role(x_t, t=t, condition=condition)
-    return guided(role, x_t, t, condition, module.null_like(condition), scale)
+        return denoise(x_t, t=t, condition=condition)
+    return guided(denoise, x_t, t, condition, module.null_like(condition), scale)
 
 
 def dropped(role: Role, condition: Tensor | None, draws: Draws, share: float) -> Tensor | None:

@@ -163,10 +163,12 @@ class MSD(Method):
             x = m.student(draws.normal("noise", batch.x) if self.real else batch.x, condition=y)
         more = {}
         if self.gan_weight and m.progress >= self.gan_start:
-            told = telling(m, draws, self.discriminator, batch.x, x, y, times=self.times)
-            more["fake"] = self.discriminator_weight * told
-            if learns:
-                more["student"] = self.gan_weight * fooling(m, draws, self.discriminator, x, y, times=self.times)
+            more = {
+                "student": lambda: self.gan_weight * fooling(m, draws, self.discriminator, x, y, times=self.times),
+                "fake": lambda: (
+                    self.discriminator_weight * telling(m, draws, self.discriminator, batch.x, x, y, times=self.times)
+                ),
+            }
         for update in matching_updates(
             m, batch, x, guidance=self.guidance, times=self.times, fake_times=self.fake_times, every=self.fake_steps,
             more=more,
