@@ -63,13 +63,15 @@ def matching_updates(
     """
     draws, condition, more = Draws(m, batch), batch.get("y"), more or {}
     if m.every(every):
+        logs: dict[str, Tensor] = {}
         gap = matching_gradient(
-            m, draws, x, condition, teacher=teacher, guidance=guidance, times=times, gradient=gradient
+            m, draws, x, condition, teacher=teacher, guidance=guidance, times=times, gradient=gradient, logs=logs
         )
+        logs["gap"] = per_sample(gap.square()).sqrt().mean()
         with held(m.fake):
             loss = surrogate(x, gap, elements)
             loss = loss + more["student"]() if "student" in more else loss
-            yield Update("student", loss, logs={"gap": per_sample(gap.square()).sqrt().mean()})
+            yield Update("student", loss, logs=logs)
         del loss
     weight = follower_weight(schedule_of(m.fake))
     loss = denoising_loss(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any, Literal
 
 import torch
@@ -14,6 +14,7 @@ from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import Scale, guided
 from limbeck.diffusion.objectives import Elements, dmd_gradient, per_sample
 from limbeck.diffusion.schedule import Schedule
+from limbeck.diffusion.signs import note_signs
 
 Weight = Callable[[Tensor, Tensor], Tensor]  # of alpha and sigma
 Gradient = Literal["dmd", "vsd"]
@@ -119,6 +120,7 @@ def matching_gradient(
     guidance: Scale = 1.0,
     times: tuple[float, float] = (0.02, 0.98),
     gradient: Gradient = "dmd",
+    logs: MutableMapping[str, Tensor] | None = None,
 ) -> Tensor:
     """The gradient of distribution matching on samples `[B, ...]`, at a random time each (Yin et al. 2024), for `surrogate`.
 
@@ -132,10 +134,12 @@ def matching_gradient(
         times: Between which shares of the schedule.
         gradient: The gap of the predictions over `mean|x - D_teacher|` of each sample (`dmd`), or times `alpha sigma`, which
             is `sigma^2 (e_teacher - e_fake)` (`vsd`).
+        logs: Is given the numbers of `limbeck.diffusion.signs`.
     """
     schedule = schedule_of(m[teacher])
     x_t, t = noisy(schedule, draws, "matching", x.detach(), *times)
     real, fake = predicted(m[teacher], x_t, t, condition, guidance), predicted(m.fake, x_t, t, condition)
+    note_signs(logs, x, real, fake)
     if gradient == "dmd":
         return dmd_gradient(x, real, fake)
     alpha, sigma = schedule.factors(t, x)

@@ -28,6 +28,7 @@ from limbeck.diffusion.scores import (
     denoising_loss,
     schedule_of,
 )
+from limbeck.diffusion.signs import FOLLOWER_LIMITS
 from limbeck.methods.checks import check_field
 
 
@@ -66,6 +67,7 @@ class DisBack(Method):
     trains: ClassVar[tuple[str, ...]] = ("student",)
     makes: ClassVar[tuple[str, ...]] = ("fake",)
     logits: ClassVar[tuple[str, ...]] = ()
+    limits = FOLLOWER_LIMITS
 
     nodes: tuple[int, ...] = (4, 12, 30, 80, 250)
     switch: int = 100

@@ -20,6 +20,7 @@ from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.matching import check_discriminator, follower_weight, fooling, matching_updates, telling
 from limbeck.diffusion.objectives import per_sample
 from limbeck.diffusion.scores import check_denoisers, check_follower, noisy, predicted, schedule_of
+from limbeck.diffusion.signs import FOLLOWER_LIMITS
 from limbeck.methods.checks import check_field
 
 
@@ -63,6 +64,7 @@ class MSD(Method):
     trains: ClassVar[tuple[str, ...]] = ("student",)
     makes: ClassVar[tuple[str, ...]] = ("fake",)
     logits: ClassVar[tuple[str, ...]] = ()
+    limits = FOLLOWER_LIMITS
 
     students: int = 4
     owners: tuple[int, ...] = ()

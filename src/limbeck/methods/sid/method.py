@@ -31,6 +31,7 @@ from limbeck.diffusion.scores import (
     predicted,
     schedule_of,
 )
+from limbeck.diffusion.signs import FOLLOWER_LIMITS, note_signs
 from limbeck.methods.checks import check_field
 
 
@@ -74,6 +75,7 @@ class SiD(Method):
     trains: ClassVar[tuple[str, ...]] = ("student",)
     makes: ClassVar[tuple[str, ...]] = ("fake",)
     logits: ClassVar[tuple[str, ...]] = ()
+    limits = FOLLOWER_LIMITS
 
     steps: int = 4
     start: float = 1.0
@@ -153,12 +155,13 @@ class SiD(Method):
             fake = predicted(m.fake, x_t, t, condition, self._scale("fake"))
         weight = None if self.weight == "gap" else 1 - schedule.factors(t, x)[1].view(-1)
         loss = sid_loss(x, real, fake, self.alpha, weight)
-        gap = per_sample((real - fake).detach().square()).sqrt().mean()
+        logs = {"gap": per_sample((real - fake).detach().square()).sqrt().mean()}
+        note_signs(logs, x, real, fake)
         if adversarial:
             share = 1 / per_sample((x - real).abs()).detach().clamp_min(1e-5) if weight is None else weight
             fooled = F.softplus(-scores) * x[0].numel()
             loss = loss + self.gan_weight * (share * fooled.view(len(x), -1).mean(1)).mean()
-        return Update("student", loss, logs={"gap": gap})
+        return Update("student", loss, logs=logs)
 
     def generate(self, m: Roles, draws: Draws, batch: Batch, name: str) -> Tensor:
         """The student's samples after k of its steps, k drawn for all; the gradient goes through the last of them."""
