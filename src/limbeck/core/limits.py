@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limit:
-    """What a number of the log should not exceed: a multiple of another one, or of its own first value in the stage.
+    """What a number of the log should not exceed: a number, or a multiple of another one of the log.
 
     The engine compares the means that it writes as rows, so nothing more is read from the device, and warns once in a stage.
 
     Args:
         log: The number, by its name in `Update.logs`.
-        above: The multiple.
+        above: The number, or the multiple.
         what: What is wrong beyond it, in a sentence.
         fix: What to do about it.
-        over: The other number; None for its own first value.
+        over: The other number of the log, if any.
     """
 
     log: str

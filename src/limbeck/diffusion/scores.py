@@ -8,13 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role, Roles
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import Scale, guided
 from limbeck.diffusion.objectives import Elements, dmd_gradient, per_sample
 from limbeck.diffusion.schedule import Schedule
-from limbeck.diffusion.signs import note_signs
+from limbeck.diffusion.signs import note_signs, warn_if_misdeclared
 
 Weight = Callable[[Tensor, Tensor], Tensor]  # of alpha and sigma
 Gradient = Literal["dmd", "vsd"]
@@ -146,8 +147,13 @@ def matching_gradient(
     return alpha * sigma * (fake - real)
 
 
-def check_denoisers(m: Roles, *names: str) -> None:
-    """The roles are denoisers under one schedule.
+def check_denoisers(m: Roles, *names: str, batch: Batch | None = None) -> None:
+    """The roles are denoisers under one schedule; warns of a teacher that predicts something else than is declared.
+
+    Args:
+        m: The roles.
+        names: Of them, those that there are.
+        batch: Samples or noise of their shape, and conditions; without it the teacher's prediction is taken as declared.
 
     Raises:
         UsageError: One is not, or schedules differ.
@@ -156,6 +162,8 @@ def check_denoisers(m: Roles, *names: str) -> None:
     if len(set(schedules.values())) > 1:
         found = ", ".join(f"{name}: {type(s).__name__}" for name, s in schedules.items())
         raise UsageError("the roles have different noise schedules", where="roles", found=found, expected="one for all")
+    if batch is not None and "teacher" in m:
+        warn_if_misdeclared(m.teacher.module, batch.x, batch.get("y"))
 
 
 def check_follower(m: Roles) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 from limbeck.core.limits import Limit
 from limbeck.diffusion.denoiser import Denoiser, EDMDenoiser
+from limbeck.diffusion.guidance import guided
 from limbeck.diffusion.objectives import per_sample
-from limbeck.diffusion.sampling import flow
-from limbeck.diffusion.schedule import Schedule
+from limbeck.diffusion.schedule import Prediction, Schedule
 
+# What a method with a network `fake` takes as its `limits`.
 FOLLOWER_LIMITS = (
     Limit(
         "error/fake", 10.0, over="error/teacher",
@@ -21,11 +24,10 @@ FOLLOWER_LIMITS = (
         fix="divide optim.fake.lr by 3, set optim.fake.clip, or let fake take more steps for one of the student",
     ),
     Limit(
-        "size", 5.0, what="the student's samples grow out of the range that they had",
-        fix="lower the guidance, or divide optim.student.lr by 3",
+        "size", 4.0, what="the student's samples grow out of the range of samples, whose root mean square is about 1",
+        fix="lower the guidance, or divide optim.student.lr by 3; `limbeck doctor` looks at the teacher's own samples",
     ),
 )  # fmt: skip
-"""What a method with a network `fake` takes as its `limits`."""
 
 
 @torch.no_grad()
@@ -97,13 +99,15 @@ def share_of_sample(net: Denoiser, x: Tensor, noise: Tensor, condition: Tensor |
 
 
 @torch.no_grad()
-def relative_error(net: Denoiser, prediction: str, x: Tensor, noise: Tensor, condition: Tensor | None = None) -> float:
+def relative_error(
+    net: Denoiser, prediction: Prediction, x: Tensor, noise: Tensor, condition: Tensor | None = None
+) -> float:
     """The error of `x_0` in the middle of the schedule, were the network's output this prediction, over that of the best linear
     guess: below 1 for a network that knows the samples.
 
     Args:
         net: The denoiser.
-        prediction: One of `PREDICTIONS`.
+        prediction: What it is taken for.
         x: Samples `[B, ...]`.
         noise: Standard normal, of their shape.
         condition: Class labels `[B]` or embeddings.
@@ -115,7 +119,7 @@ def relative_error(net: Denoiser, prediction: str, x: Tensor, noise: Tensor, con
         alpha, sigma = schedule.factors(t, x)
         x_t = schedule.add_noise(x, noise, t).to(x.dtype)
         linear = mean + alpha * variance / (alpha**2 * variance + sigma**2) * (x_t - alpha * mean)
-        told = schedule.convert(_raw(net, x_t, t, condition), x_t, t, prediction, "sample")  # type: ignore[arg-type]
+        told = schedule.convert(_raw(net, x_t, t, condition), x_t, t, prediction, "sample")
         found.append((told - x).square().mean() / (linear - x).square().mean())
     return float(torch.stack(found).mean())
 
@@ -132,7 +136,8 @@ def likely_prediction(
         x: Real samples, of the same shape.
 
     Returns:
-        One prediction, or the two that cannot be told apart without samples; none where the network seems not to be trained.
+        One prediction; two that cannot be told apart without samples; none where the network says nothing of noise, nor enough of
+        samples: it predicts v or samples, or it is not trained.
 
     Example:
         >>> from limbeck.diffusion.schedule import Cosine
@@ -142,20 +147,48 @@ def likely_prediction(
     if share_of_noise(net, noise, condition) > 0.5:
         both = ("epsilon", "flow_prediction")
         return both if x is None else (both[share_of_sample(net, x, noise, condition) < -0.4],)
-    both = ("v_prediction", "sample")
-    if x is not None:
-        both = (both[share_of_sample(net, x, noise, condition) > 0.6],)
-    known = any(
-        relative_error(net, p, _own(net, p, noise, condition) if x is None else x, noise.flip(0), condition) < 0.9
-        for p in both
-    )
-    return both if known else ()
+    if x is None:
+        return ()
+    if share_of_sample(net, x, noise, condition) > 0.6:
+        return ("sample",)
+    return ("v_prediction",) if relative_error(net, "v_prediction", x, noise, condition) < 0.9 else ()
+
+
+def warn_if_misdeclared(module: nn.Module, x: Tensor, condition: Tensor | None = None) -> None:
+    """Warn of a network that is declared to predict v or samples and returns the noise that it is given.
+
+    One pass; what `limbeck doctor` tells beyond it needs real samples.
+
+    Args:
+        module: A denoiser, a sampler or experts; others pass.
+        x: What samples look like `[B, ...]`; its values do not matter.
+        condition: Class labels `[B]` or embeddings.
+    """
+    net = network_of(module)
+    if net is None or not isinstance(x, Tensor) or is_fake(x) or net.prediction not in ("v_prediction", "sample"):
+        return
+    count = max(len(x), -(-256 // x[0].numel()))
+    noise = torch.randn(count, *x.shape[1:], generator=torch.Generator().manual_seed(0)).to(x)
+    if condition is not None:
+        condition = condition.repeat(-(-count // len(condition)), *(1,) * (condition.ndim - 1))[:count]
+    try:
+        share = share_of_noise(net, noise, condition)
+    except Exception:  # what does not fit is told by the checks of shapes
+        return
+    if share > 0.5:
+        warnings.warn(
+            f"the teacher is declared to predict {net.prediction}, and of pure noise it returns {share:.0%}: it seems to predict "
+            "epsilon or flow_prediction",
+            stacklevel=3,
+        )
 
 
 def size_under_guidance(
     denoise: Callable[..., Tensor], noise: Tensor, condition: Tensor, null: Tensor, scale: float, schedule: Schedule
 ) -> float:
     """The spread of guided samples over that of unguided ones, both in ten steps from the same noise.
+
+    They begin a little before the end of the schedule, where a prediction of the noise may tell nothing of the sample.
 
     Args:
         denoise: Called as `denoise(x_t, t=t, condition=condition)`.
@@ -165,23 +198,15 @@ def size_under_guidance(
         scale: Of guidance.
         schedule: The denoiser's.
     """
-    plain = flow(denoise, noise, schedule, 10, condition)
-    led = flow(denoise, noise, schedule, 10, condition, null, scale)
-    return float(_spread(led) / _spread(plain).clamp_min(1e-12))
-
-
-def _spread(x: Tensor) -> Tensor:
-    return (x - x.mean(0)).square().mean().sqrt()
-
-
-def _own(net: Denoiser, prediction: str, noise: Tensor, condition: Tensor | None) -> Tensor:
-    """The network's own samples, were its output this prediction."""
-
-    def denoise(x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        raw = _raw(net, x_t, t, condition)
-        return net.schedule.convert(raw, x_t, t, prediction, "sample")  # type: ignore[arg-type]
-
-    return flow(denoise, noise, net.schedule, 10, condition)
+    spreads = []
+    for k in (1.0, scale):
+        times = schedule.at(torch.linspace(0.95, 0.0, 11)).to(noise.device)
+        x = (torch.hypot(*schedule.factors(times[:1], noise)) * noise).to(noise.dtype)
+        for t, s in zip(times[:-1].unbind(), times[1:].unbind(), strict=True):
+            now = t.expand(len(x))
+            x = schedule.step(guided(denoise, x, now, condition, null, k), x, now, s.expand(len(x))).to(noise.dtype)
+        spreads.append((x - x.mean(0)).square().mean().sqrt())
+    return float(spreads[1] / spreads[0].clamp_min(1e-12))
 
 
 def _raw(net: Denoiser, x_t: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:

@@ -145,7 +145,7 @@ class Run:
     def execute(self) -> Result:
         """Run what is left of the program."""
         self.history.sinks.append(lambda row: self.progress.row(row))
-        self.history.sinks.append(Watch(self.method.limits, self.history, lambda text: self.progress.say(text)))
+        self.history.sinks.append(Watch(self.method.limits, lambda text: self.progress.say(text)))
         self._seed()
         saved = self._open()
         program = self.method.stages(self.m, self.data)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from limbeck.core.limits import Limit
-from limbeck.engine.history import History, Row
+from limbeck.engine.history import Row
 
 
 class Watch:
@@ -13,30 +13,22 @@ class Watch:
 
     Args:
         limits: The method's.
-        history: Whose rows they are.
         say: Told each warning.
     """
 
-    def __init__(self, limits: Sequence[Limit], history: History, say: Callable[[str], None]) -> None:
-        self.limits, self.history, self.say = limits, history, say
+    def __init__(self, limits: Sequence[Limit], say: Callable[[str], None]) -> None:
+        self.limits, self.say = limits, say
         self.told: set[tuple[str, Limit]] = set()
 
     def __call__(self, row: Row) -> None:
         """Look at a row that was written."""
         for limit in self.limits:
-            value, against = row.get(f"train/{limit.log}"), self._against(limit, row)
-            if value is None or not against or (row["stage"], limit) in self.told:
+            value, other = row.get(f"train/{limit.log}"), row.get(f"train/{limit.over}") if limit.over else 1.0
+            if value is None or other is None or (row["stage"], limit) in self.told or value <= limit.above * other:
                 continue
-            if value > limit.above * against:
-                self.told.add((row["stage"], limit))
-                other = limit.over or "at first"
-                self.say(
-                    f"warning: stage '{row['stage']}', step {row['step']}: {limit.what}\n"
-                    f"    found: {limit.log} {value:.3g}, {other} {against:.3g}\n    fix: {limit.fix}"
-                )
-
-    def _against(self, limit: Limit, row: Row) -> float | None:
-        if limit.over is not None:
-            return row.get(f"train/{limit.over}")
-        name = f"train/{limit.log}"
-        return next((r[name] for r in self.history.rows if r["stage"] == row["stage"] and name in r), None)
+            self.told.add((row["stage"], limit))
+            beside = f", {limit.over} {other:.3g}" if limit.over else ""
+            self.say(
+                f"warning: stage '{row['stage']}', step {row['step']}: {limit.what}\n"
+                f"    found: {limit.log} {value:.3g}{beside}\n    fix: {limit.fix}"
+            )

@@ -89,7 +89,7 @@ class MDTDist(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Teacher and student are rectified flows of samples like those of the data."""
-        check_denoisers(m, "teacher", "student")
+        check_denoisers(m, "teacher", "student", batch=batch)
         if not isinstance(schedule_of(m.teacher), RectifiedFlow):
             raise UsageError(
                 "average velocities are defined for rectified flows", where="roles.teacher",

@@ -111,7 +111,7 @@ class MSD(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Denoisers of one schedule, and class numbers to share out."""
-        check_denoisers(m, "teacher", "student", "fake")
+        check_denoisers(m, "teacher", "student", "fake", batch=batch)
         check_follower(m)
         y = batch.get("y")
         if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point():

@@ -108,7 +108,7 @@ class SiD(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Teacher and student are denoisers of one schedule and of samples of one shape."""
-        check_denoisers(m, "teacher", "student", "fake")
+        check_denoisers(m, "teacher", "student", "fake", batch=batch)
         check_follower(m)
         with torch.no_grad():
             check_samples(m.student(batch.x, condition=batch.get("y")), batch.x)

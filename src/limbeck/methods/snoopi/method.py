@@ -81,7 +81,7 @@ class SNOOPI(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Denoisers of one schedule and of samples of one shape; for NASA negative prompts and a student that attends to them."""
-        check_denoisers(m, "teacher", "student", "fake")
+        check_denoisers(m, "teacher", "student", "fake", batch=batch)
         check_follower(m)
         if "y" not in batch:
             raise UsageError(
