@@ -3,8 +3,8 @@
     python benchmarks/fewstep_cost.py --out benchmarks/results/fewstep-cost.json
 
 - CPU time and peak memory of the engine's step over those of a bare loop with the same networks, batch, updates and optimizers: a
-  small UNet2DModel and a small DiT of diffusers, 8 images of 16 pixels (for MCM 2 clips of 4), 4 classes, a rectified flow, Adam. The
-  bare steps are in `bare_steps.py`; there the parameters of a role need a gradient only while it learns.
+  small UNet2DModel and a small DiT of diffusers, 8 images of 16 pixels (for MCM 2 clips of 4), 4 classes, a rectified flow, Adam.
+  The bare steps are in `bare_steps.py`; there the parameters of a role need a gradient only while it learns.
 - SwiftBrush's step with gradient checkpointing and in bf16, over the plain one.
 
 Times are of the process's CPU, on one thread; what is compared takes turns. Memory is what a step holds at its peak beyond what
