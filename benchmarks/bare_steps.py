@@ -295,13 +295,13 @@ def mdt_dist(nets: Any, go: Trainer, batch: Batch, drawn: tuple[int, int]) -> St
         with torch.no_grad():
             v = teacher(x_t, 999 * t, y)
         phi = student(x_t, 999 * t, y)
-        loss = (phi + wide(t, real) * slope(x_t, t, v, phi) - v).square().mean()
+        (phi + wide(t, real) * slope(x_t, t, v, phi) - v).square().mean().backward()
         x = x_0(student, torch.randn_like(real), torch.ones(len(real)), y)
         with torch.no_grad():
             x_t = (1 - wide(t, real)) * x + wide(t, real) * noise
             v, phi = teacher(x_t, 999 * t, y), student(x_t, 999 * t, y)
             gap = phi + wide(t, real) * slope(x_t, t, v, phi) - v
-        go.learn("student", loss + moved(x, -wide(1 - t, x) * gap))
+        go.learn("student", moved(x, -wide(1 - t, x) * gap))
 
     return step
 
