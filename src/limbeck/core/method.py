@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.batch import Batch
+from limbeck.core.limits import Limit
 from limbeck.core.optim import Optim
 from limbeck.core.roles import Role, Roles
 from limbeck.core.stages import Stage, Step, Train
@@ -41,6 +42,7 @@ class Method:
     makes: ClassVar[tuple[str, ...]] = ()  # roles that the program makes itself and that may be given an optimizer
     logits: ClassVar[tuple[str, ...]] = ("teacher", "student")  # roles whose outputs are over the classes of the data
     reads: ClassVar[tuple[str, ...] | None] = None  # roles that are called with batches as they are; None: all
+    limits: ClassVar[tuple[Limit, ...]] = ()  # of what it logs; the engine warns beyond them
     averages: ClassVar[bool] = True  # several teachers are one ensemble; False keeps them apart, see `Roles.teachers`
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,27 @@ class Role:
             for hook in hooks:
                 hook.remove()
 
+    def upto(self, x: Any, path: str, **kwargs: Any) -> Any:
+        """The output for `x` of the submodule named by dotted path, at which the forward pass stops.
+
+        The whole pass is made where the parameters are sharded, since their hooks wait for its end.
+
+        Example:
+            >>> net = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.Linear(5, 1))
+            >>> Role("student", net).upto(torch.ones(1, 2), "1").shape
+            torch.Size([1, 4])
+        """
+        if hasattr(next(self.module.parameters(), None), "device_mesh"):
+            return self.features(x, path, **kwargs)[1][path]
+        hook = find(self.module, path, self.name).register_forward_hook(_stop)
+        try:
+            call(self.module, self._input(x), **kwargs)
+        except _Reached as reached:
+            return reached.output
+        finally:
+            hook.remove()
+        raise UsageError("the model does not call this part", where=f"{self.name}.{path}")
+
     def _input(self, x: Any) -> Any:
         if self.takes_batch:
             if isinstance(x, Batch):
@@ -108,6 +130,38 @@ class Role:
 
     def __repr__(self) -> str:
         return f"Role({self.name}: {type(self.module).__name__}{', frozen' if self.frozen else ''})"
+
+
+class _Reached(Exception):
+    """The forward pass has come as far as was asked."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+@contextmanager
+def held(role: Role) -> Iterator[None]:
+    """The parameters of a role need no gradient meanwhile; gradients still go through it to its input.
+
+    What is computed through the role then keeps less for the backward pass. Yield the update inside, so that the backward pass
+    is inside too.
+
+    Example:
+        >>> m, x = Roles(critic=nn.Linear(2, 1)), torch.ones(1, 2, requires_grad=True)
+        >>> with held(m.critic):
+        ...     m.critic(x).sum().backward()
+        >>> x.grad is not None, m.critic.weight.grad, m.critic.weight.requires_grad
+        (True, None, True)
+    """
+    learning = [p for p in role.module.parameters() if p.requires_grad]
+    for p in learning:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in learning:
+            p.requires_grad_(True)
 
 
 class Roles:
@@ -273,6 +327,10 @@ def find(module: nn.Module, path: str, role: str = "model") -> nn.Module:
 
 def _keep(taps: dict[str, Any], path: str, _module: nn.Module, _args: Any, output: Any) -> None:
     taps[path] = output[0] if isinstance(output, tuple) else output
+
+
+def _stop(_module: nn.Module, _args: Any, output: Any) -> None:
+    raise _Reached(output[0] if isinstance(output, tuple) else output)
 
 
 def _stay(part: nn.Module, mode: bool = True) -> nn.Module:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from limbeck.core.batch import Batch
-from limbeck.core.roles import Role, Roles, find
+from limbeck.core.roles import Role, Roles, find, held
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import Scale
 from limbeck.diffusion.objectives import Elements, per_sample, surrogate
 from limbeck.diffusion.sampler import Experts, shares
 from limbeck.diffusion.schedule import EDM, Schedule
-from limbeck.diffusion.scores import Gradient, Weight, denoising_loss, matching_gradient, noisy, schedule_of
+from limbeck.diffusion.scores import (
+    Gradient,
+    Weight,
+    denoising_loss,
+    matching_gradient,
+    noisy,
+    predicted,
+    schedule_of,
+)
 from limbeck.losses.adversarial import Game, discriminator_loss, generator_loss
 
 LIMIT = 10.0  # of a discriminator's scores, as in the code of SiD
@@ -34,7 +43,7 @@ def matching_updates(
     dropout: float = 0.0,
     every: int = 1,
     elements: Elements = "mean",
-    more: Mapping[str, Tensor] | None = None,
+    more: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> Iterator[Update]:
     """The student's update by the gap of two scores, in one step of `every`, and `fake`'s by the student's samples (DMD, DMD2).
 
@@ -50,21 +59,25 @@ def matching_updates(
         dropout: Share of samples for which `fake` is told nothing.
         every: Steps of `fake` for one of the student.
         elements: Whether a sample's elements are averaged or added up.
-        more: What is added to the losses of `student` and `fake`.
+        more: What is added to the losses of `student` and `fake`, computed when it is their turn.
     """
     draws, condition, more = Draws(m, batch), batch.get("y"), more or {}
     if m.every(every):
+        logs: dict[str, Tensor] = {}
         gap = matching_gradient(
-            m, draws, x, condition, teacher=teacher, guidance=guidance, times=times, gradient=gradient
+            m, draws, x, condition, teacher=teacher, guidance=guidance, times=times, gradient=gradient, logs=logs
         )
-        loss = surrogate(x, gap, elements) + more.get("student", 0.0)
-        logs = {"gap": per_sample(gap.square()).sqrt().mean()}
-        yield Update("student", loss, logs=logs)
+        logs["gap"] = per_sample(gap.square()).sqrt().mean()
+        with held(m.fake):
+            loss = surrogate(x, gap, elements)
+            loss = loss + more["student"]() if "student" in more else loss
+            yield Update("student", loss, logs=logs)
+        del loss
     weight = follower_weight(schedule_of(m.fake))
     loss = denoising_loss(
         m, "fake", draws, x, condition, times=fake_times, dropout=dropout, weight=weight, elements=elements
     )
-    yield Update("fake", loss + more.get("fake", 0.0))
+    yield Update("fake", loss + more["fake"]() if "fake" in more else loss)
 
 
 def follower_weight(schedule: Schedule) -> Weight:
@@ -98,8 +111,7 @@ def discriminator_scores(role: Role, path: str, x_t: Tensor, t: Tensor, conditio
         `[B, ...]`, within 10.
     """
     if not isinstance(role.module, Experts):
-        _, taps = role.features(x_t, path, t=t, condition=condition)
-        return taps[path].mean(1).clamp(-LIMIT, LIMIT)
+        return _scores(role.upto(x_t, path, t=t, condition=condition))
     found = shares(role.module.route(t, condition), len(role.module.experts))
     parts = []
     for k, rows in found:
@@ -107,6 +119,37 @@ def discriminator_scores(role: Role, path: str, x_t: Tensor, t: Tensor, conditio
         expert = Role(role.name, role.module.experts[k])
         parts.append(discriminator_scores(expert, path, x_t[rows], t[rows], own))
     return torch.cat(parts)[torch.cat([rows for _, rows in found]).argsort()]
+
+
+def predicted_and_scored(
+    role: Role, path: str, x_t: Tensor, t: Tensor, condition: Tensor | None = None, scale: Scale = 1.0
+) -> tuple[Tensor, Tensor]:
+    """What `predicted` and `discriminator_scores` give, in one pass where the denoiser is one network.
+
+    Args:
+        role: The denoiser.
+        path: Of the part.
+        x_t: Noisy samples `[B, ...]`.
+        t: Times `[B]`.
+        condition: Class labels or embeddings, which the scores are for.
+        scale: Of the guidance of the prediction.
+    """
+    unasked = condition is not None and not isinstance(scale, Tensor) and scale == 0  # only the empty condition is
+    if isinstance(role.module, Experts) or unasked:
+        return predicted(role, x_t, t, condition, scale), discriminator_scores(role, path, x_t, t, condition)
+    taken: list[Tensor] = []
+
+    def denoise(x: Tensor, **given: Any) -> Tensor:
+        found, taps = role.features(x, path, **given)
+        taken.append(taps[path])
+        return found
+
+    found = predicted(role, x_t, t, condition, scale, denoise)
+    return found, _scores(taken[0][: len(x_t)])  # under guidance the second half is that of the empty condition
+
+
+def _scores(output: Tensor) -> Tensor:
+    return output.mean(1).clamp(-LIMIT, LIMIT)
 
 
 def fooling(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from limbeck.core.roles import Roles
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import Scale, guided
 from limbeck.diffusion.scores import noisy, predicted, schedule_of
+from limbeck.diffusion.signs import note_signs
 
 
 def alpha_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -40,6 +43,7 @@ def score_gap(
     fake_scale: Scale,
     times: tuple[float, float],
     negative: Tensor | None = None,
+    logs: MutableMapping[str, Tensor] | None = None,
 ) -> Tensor:
     """`sigma^2 (e_teacher - e_fake)` on generated samples `[B, ...]`, at a random time each, for `surrogate`.
 
@@ -52,6 +56,7 @@ def score_gap(
         fake_scale: Of that of `fake`; another one moves the place of rest away from the teacher's distribution.
         times: Between which shares of the schedule.
         negative: What the teacher is guided away from in the place of the empty condition, in the form of `condition`.
+        logs: Is given the numbers of `limbeck.diffusion.signs`.
     """
     schedule = schedule_of(m.teacher)
     x_t, t = noisy(schedule, draws, "student", x.detach(), *times)
@@ -60,5 +65,6 @@ def score_gap(
     else:
         real = guided(m.teacher, x_t, t, condition, negative, scale)
     own = predicted(m.fake, x_t, t, condition, fake_scale)
+    note_signs(logs, x, real, own)
     alpha, sigma = schedule.factors(t, x)
     return alpha * sigma * (own - real)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role, Roles
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import Scale, guided
 from limbeck.diffusion.objectives import Elements, dmd_gradient, per_sample
 from limbeck.diffusion.schedule import Schedule
+from limbeck.diffusion.signs import note_signs, warn_if_misdeclared
 
 Weight = Callable[[Tensor, Tensor], Tensor]  # of alpha and sigma
 Gradient = Literal["dmd", "vsd"]
@@ -46,14 +48,22 @@ def noisy(schedule: Schedule, draws: Draws, name: str, x: Tensor, low: float, hi
     return schedule.add_noise(x, draws.normal(f"{name} noise", x), t).to(x.dtype), t
 
 
-def predicted(role: Role, x_t: Tensor, t: Tensor, condition: Tensor | None, scale: Scale = 1.0) -> Tensor:
-    """A role's prediction of `x_0`, under guidance where there is a condition."""
+def predicted(
+    role: Role,
+    x_t: Tensor,
+    t: Tensor,
+    condition: Tensor | None,
+    scale: Scale = 1.0,
+    denoise: Callable[..., Tensor] | None = None,
+) -> Tensor:
+    """A role's prediction of `x_0`, under guidance where there is a condition; `denoise` may be called in its place."""
+    denoise = denoise or role
     if condition is None:
-        return role(x_t, t=t)
+        return denoise(x_t, t=t)
     module: Any = role.module
     if isinstance(scale, float | int) and scale == 1:
-        return role(x_t, t=t, condition=condition)
-    return guided(role, x_t, t, condition, module.null_like(condition), scale)
+        return denoise(x_t, t=t, condition=condition)
+    return guided(denoise, x_t, t, condition, module.null_like(condition), scale)
 
 
 def dropped(role: Role, condition: Tensor | None, draws: Draws, share: float) -> Tensor | None:
@@ -111,6 +121,7 @@ def matching_gradient(
     guidance: Scale = 1.0,
     times: tuple[float, float] = (0.02, 0.98),
     gradient: Gradient = "dmd",
+    logs: MutableMapping[str, Tensor] | None = None,
 ) -> Tensor:
     """The gradient of distribution matching on samples `[B, ...]`, at a random time each (Yin et al. 2024), for `surrogate`.
 
@@ -124,18 +135,25 @@ def matching_gradient(
         times: Between which shares of the schedule.
         gradient: The gap of the predictions over `mean|x - D_teacher|` of each sample (`dmd`), or times `alpha sigma`, which
             is `sigma^2 (e_teacher - e_fake)` (`vsd`).
+        logs: Is given the numbers of `limbeck.diffusion.signs`.
     """
     schedule = schedule_of(m[teacher])
     x_t, t = noisy(schedule, draws, "matching", x.detach(), *times)
     real, fake = predicted(m[teacher], x_t, t, condition, guidance), predicted(m.fake, x_t, t, condition)
+    note_signs(logs, x, real, fake)
     if gradient == "dmd":
         return dmd_gradient(x, real, fake)
     alpha, sigma = schedule.factors(t, x)
     return alpha * sigma * (fake - real)
 
 
-def check_denoisers(m: Roles, *names: str) -> None:
-    """The roles are denoisers under one schedule.
+def check_denoisers(m: Roles, *names: str, batch: Batch | None = None) -> None:
+    """The roles are denoisers under one schedule; warns of a teacher that predicts something else than is declared.
+
+    Args:
+        m: The roles.
+        names: Of them, those that there are.
+        batch: Samples or noise of their shape, and conditions; without it the teacher's prediction is taken as declared.
 
     Raises:
         UsageError: One is not, or schedules differ.
@@ -144,6 +162,8 @@ def check_denoisers(m: Roles, *names: str) -> None:
     if len(set(schedules.values())) > 1:
         found = ", ".join(f"{name}: {type(s).__name__}" for name, s in schedules.items())
         raise UsageError("the roles have different noise schedules", where="roles", found=found, expected="one for all")
+    if batch is not None and "teacher" in m:
+        warn_if_misdeclared(m.teacher.module, batch.x, batch.get("y"))
 
 
 def check_follower(m: Roles) -> None:

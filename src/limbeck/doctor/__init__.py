@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from limbeck.data.seeding import isolated
-from limbeck.doctor import data, models, training
+from limbeck.doctor import data, diffusion, models, training
 from limbeck.doctor.exam import Exam, Skip
 from limbeck.doctor.finding import Diagnosis, Finding
 
@@ -31,6 +31,9 @@ CHECKS: Mapping[str, Callable[[Exam], Finding | None]] = {
         models.normalisation,
         models.teacher_skill,
         models.modes,
+        diffusion.prediction,
+        diffusion.sample_scale,
+        diffusion.guidance,
         training.first_loss,
         training.gradient_leaks,
         training.unused_parameters,

@@ -31,6 +31,7 @@ from limbeck.engine.runtime import Runtime, make_runtime
 from limbeck.engine.settings import Engine
 from limbeck.engine.signals import Signals
 from limbeck.engine.train import Training
+from limbeck.engine.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ class Run:
     def execute(self) -> Result:
         """Run what is left of the program."""
         self.history.sinks.append(lambda row: self.progress.row(row))
+        self.history.sinks.append(Watch(self.method.limits, lambda text: self.progress.say(text)))
         self._seed()
         saved = self._open()
         program = self.method.stages(self.m, self.data)

@@ -49,7 +49,12 @@ def count_passes(*, learning: bool = False, **modules: nn.Module) -> Iterator[di
         0
     """
     counts = {name: Passes() for name in modules}
-    handles = [m.register_forward_hook(_hook(counts[name], learning), with_kwargs=True) for name, m in modules.items()]
+    handles = [
+        m.register_forward_hook(
+            _hook(counts[name], learning), with_kwargs=True, always_call=True
+        )  # also if one stops early
+        for name, m in modules.items()
+    ]
     try:
         yield counts
     finally:

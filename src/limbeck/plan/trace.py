@@ -160,9 +160,10 @@ def _watched(
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         flops[name] += counter.get_total_flops()
-        outputs[name] = _shape(main_output(output))
+        if output is not None:  # of a pass that stopped on the way
+            outputs[name] = _shape(main_output(output))
 
-    hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+    hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
     try:
         yield
     finally:

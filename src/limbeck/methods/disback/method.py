@@ -28,6 +28,7 @@ from limbeck.diffusion.scores import (
     denoising_loss,
     schedule_of,
 )
+from limbeck.diffusion.signs import FOLLOWER_LIMITS
 from limbeck.methods.checks import check_field
 
 
@@ -66,6 +67,7 @@ class DisBack(Method):
     trains: ClassVar[tuple[str, ...]] = ("student",)
     makes: ClassVar[tuple[str, ...]] = ("fake",)
     logits: ClassVar[tuple[str, ...]] = ()
+    limits = FOLLOWER_LIMITS
 
     nodes: tuple[int, ...] = (4, 12, 30, 80, 250)
     switch: int = 100
@@ -96,7 +98,7 @@ class DisBack(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Teacher and student are denoisers of one schedule and of samples of one shape."""
-        check_denoisers(m, "teacher", "student", "fake")
+        check_denoisers(m, "teacher", "student", "fake", batch=batch)
         check_follower(m)
         with torch.no_grad():
             check_samples(self.generate(m, batch), batch.x)

@@ -108,7 +108,7 @@ class MCM(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Denoisers of one schedule and of clips of one shape, with frames."""
-        check_denoisers(m, "teacher", "student")
+        check_denoisers(m, "teacher", "student", batch=batch)
         x = batch.x
         if not isinstance(x, Tensor) or x.ndim <= max(2, self.frames) or x.shape[self.frames] < 2:
             raise UsageError(

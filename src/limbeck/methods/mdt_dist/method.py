@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -56,8 +56,8 @@ class MDTDist(Method):
         >>> from limbeck.nn.time_mlp import TimeMLP
         >>> net = lambda: Denoiser(TimeMLP(2, 8), RectifiedFlow(), "flow_prediction")
         >>> m = Roles(teacher=net(), student=net())
-        >>> sorted(MDTDist().step(m, Batch(x=torch.randn(4, 2), id=torch.arange(4))).logs)
-        ['gap', 'matching']
+        >>> [(*u.logs, u.apply) for u in MDTDist().step(m, Batch(x=torch.randn(4, 2), id=torch.arange(4)))]
+        [('matching', False), ('gap', True)]
     """
 
     logits: ClassVar[tuple[str, ...]] = ()
@@ -89,7 +89,7 @@ class MDTDist(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Teacher and student are rectified flows of samples like those of the data."""
-        check_denoisers(m, "teacher", "student")
+        check_denoisers(m, "teacher", "student", batch=batch)
         if not isinstance(schedule_of(m.teacher), RectifiedFlow):
             raise UsageError(
                 "average velocities are defined for rectified flows", where="roles.teacher",
@@ -110,19 +110,19 @@ class MDTDist(Method):
         average = {"student_average": Ema("student", self.ema)} if self.ema else {}
         yield Train(self.step, roles={"student": None}, frozen=self.frozen, data=data.train, ema=average)
 
-    def step(self, m: Roles, batch: Batch) -> Update:
-        """One update of the student, by both losses at the same times and with the same noise."""
+    def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
+        """One update of the student, by both losses at the same times and with the same noise, one graph after the other."""
         draws, condition = Draws(m, batch), batch.get("y")
         t, noise = self.times(draws).to(batch.x.device), draws.normal("noise", batch.x)
-        loss = matching = self.match(m, batch.x, noise, t, condition)
-        logs = {"matching": matching.detach()}
-        if self.vd_weight and m.progress >= self.vd_start:
+        both = bool(self.vd_weight) and m.progress >= self.vd_start
+        matching = self.match(m, batch.x, noise, t, condition)
+        yield Update("student", matching, apply=not both, logs={"matching": matching.detach()})
+        if both:
             x = m.student(draws.normal("generator noise", batch.x), condition=condition, t=torch.ones_like(t))
             gap = self.gap(m, x.detach(), noise, t, condition)
             factor = 2.0 if self.variant == "code" else _like(1 - t, x)
-            loss = loss + self.vd_weight * surrogate(x, -factor * gap, self.elements)
-            logs["gap"] = per_sample(gap.square()).sqrt().mean()
-        return Update("student", loss, logs=logs)
+            loss = self.vd_weight * surrogate(x, -factor * gap, self.elements)
+            yield Update("student", loss, logs={"gap": per_sample(gap.square()).sqrt().mean()})
 
     def match(self, m: Roles, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """`||phi + t sg(dphi/dt) - v||^2`, mean over the batch."""

@@ -20,6 +20,7 @@ from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.matching import check_discriminator, follower_weight, fooling, matching_updates, telling
 from limbeck.diffusion.objectives import per_sample
 from limbeck.diffusion.scores import check_denoisers, check_follower, noisy, predicted, schedule_of
+from limbeck.diffusion.signs import FOLLOWER_LIMITS
 from limbeck.methods.checks import check_field
 
 
@@ -63,6 +64,7 @@ class MSD(Method):
     trains: ClassVar[tuple[str, ...]] = ("student",)
     makes: ClassVar[tuple[str, ...]] = ("fake",)
     logits: ClassVar[tuple[str, ...]] = ()
+    limits = FOLLOWER_LIMITS
 
     students: int = 4
     owners: tuple[int, ...] = ()
@@ -109,7 +111,7 @@ class MSD(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Denoisers of one schedule, and class numbers to share out."""
-        check_denoisers(m, "teacher", "student", "fake")
+        check_denoisers(m, "teacher", "student", "fake", batch=batch)
         check_follower(m)
         y = batch.get("y")
         if not isinstance(y, Tensor) or y.ndim != 1 or y.is_floating_point():
@@ -163,10 +165,12 @@ class MSD(Method):
             x = m.student(draws.normal("noise", batch.x) if self.real else batch.x, condition=y)
         more = {}
         if self.gan_weight and m.progress >= self.gan_start:
-            told = telling(m, draws, self.discriminator, batch.x, x, y, times=self.times)
-            more["fake"] = self.discriminator_weight * told
-            if learns:
-                more["student"] = self.gan_weight * fooling(m, draws, self.discriminator, x, y, times=self.times)
+            more = {
+                "student": lambda: self.gan_weight * fooling(m, draws, self.discriminator, x, y, times=self.times),
+                "fake": lambda: (
+                    self.discriminator_weight * telling(m, draws, self.discriminator, batch.x, x, y, times=self.times)
+                ),
+            }
         for update in matching_updates(
             m, batch, x, guidance=self.guidance, times=self.times, fake_times=self.fake_times, every=self.fake_steps,
             more=more,

@@ -23,6 +23,7 @@ from limbeck.diffusion.intervals import Target, add_more_noise, interval_gradien
 from limbeck.diffusion.objectives import dmd_gradient, per_sample, surrogate
 from limbeck.diffusion.schedule import Schedule, shifted
 from limbeck.diffusion.scores import check_denoisers, check_follower, check_samples, predicted, schedule_of
+from limbeck.diffusion.signs import FOLLOWER_LIMITS, note_signs
 from limbeck.methods.checks import check_field
 
 
@@ -85,6 +86,7 @@ class PhasedDMD(Method):
     trains: ClassVar[tuple[str, ...]] = ("student",)
     makes: ClassVar[tuple[str, ...]] = ("fake",)
     logits: ClassVar[tuple[str, ...]] = ()
+    limits = FOLLOWER_LIMITS
 
     steps: int = 4
     phases: int = 2
@@ -113,7 +115,7 @@ class PhasedDMD(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Teacher and student are denoisers of one schedule and of samples of one shape."""
-        check_denoisers(m, "teacher", "student", "fake")
+        check_denoisers(m, "teacher", "student", "fake", batch=batch)
         check_follower(m)
         with torch.no_grad():
             check_samples(m.student(batch.x, condition=batch.get("y")), batch.x)
@@ -176,8 +178,9 @@ class PhasedDMD(Method):
                 gradient = interval_gradient(schedule, real, fake, phase.end, t)
             else:
                 gradient = dmd_gradient(clean, real, fake)
-        gap = per_sample((real - fake).square()).sqrt().mean()
-        yield Update("student", surrogate(x, gradient), logs={"gap": gap})
+        logs = {"gap": per_sample((real - fake).square()).sqrt().mean()}
+        note_signs(logs, clean, real, fake)
+        yield Update("student", surrogate(x, gradient), logs=logs)
 
     def generate(self, m: Roles, draws: Draws, batch: Batch, phase: Phase, name: str) -> tuple[Tensor, Tensor]:
         """Samples at the end of a phase after a drawn number of its steps, and `x_0` as predicted in the last of them."""

@@ -15,11 +15,11 @@ from limbeck.convert.steps import ToSampler
 from limbeck.core.batch import Batch
 from limbeck.core.method import Method
 from limbeck.core.optim import Ema
-from limbeck.core.roles import Roles
+from limbeck.core.roles import Roles, held
 from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
-from limbeck.diffusion.matching import bounded, check_discriminator, discriminator_scores, telling
+from limbeck.diffusion.matching import bounded, check_discriminator, predicted_and_scored, telling
 from limbeck.diffusion.objectives import per_sample, sid_loss
 from limbeck.diffusion.sampling import Noise, few_step
 from limbeck.diffusion.scores import (
@@ -31,6 +31,7 @@ from limbeck.diffusion.scores import (
     predicted,
     schedule_of,
 )
+from limbeck.diffusion.signs import FOLLOWER_LIMITS, note_signs
 from limbeck.methods.checks import check_field
 
 
@@ -74,6 +75,7 @@ class SiD(Method):
     trains: ClassVar[tuple[str, ...]] = ("student",)
     makes: ClassVar[tuple[str, ...]] = ("fake",)
     logits: ClassVar[tuple[str, ...]] = ()
+    limits = FOLLOWER_LIMITS
 
     steps: int = 4
     start: float = 1.0
@@ -106,7 +108,7 @@ class SiD(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Teacher and student are denoisers of one schedule and of samples of one shape."""
-        check_denoisers(m, "teacher", "student", "fake")
+        check_denoisers(m, "teacher", "student", "fake", batch=batch)
         check_follower(m)
         with torch.no_grad():
             check_samples(m.student(batch.x, condition=batch.get("y")), batch.x)
@@ -137,7 +139,8 @@ class SiD(Method):
         if self.gan_weight:
             loss = loss + telling(m, draws, self.discriminator, batch.x, x, condition, times=self.times) / 2
         yield Update("fake", loss)
-        yield self.improve(m, draws, batch)
+        with held(m.fake):
+            yield self.improve(m, draws, batch)
 
     def improve(self, m: Roles, draws: Draws, batch: Batch) -> Update:
         """The student's update."""
@@ -145,15 +148,20 @@ class SiD(Method):
         x = self.generate(m, draws, batch, "student")
         x_t, t = noisy(schedule, draws, "student", x, *self.times)
         real = predicted(m.teacher, x_t, t, condition, self.guidance)
-        fake = predicted(m.fake, x_t, t, condition, self._scale("fake"))
+        adversarial = bool(self.gan_weight) and m.progress >= self.gan_start
+        if adversarial:
+            fake, scores = predicted_and_scored(m.fake, self.discriminator, x_t, t, condition, self._scale("fake"))
+        else:
+            fake = predicted(m.fake, x_t, t, condition, self._scale("fake"))
         weight = None if self.weight == "gap" else 1 - schedule.factors(t, x)[1].view(-1)
         loss = sid_loss(x, real, fake, self.alpha, weight)
-        gap = per_sample((real - fake).detach().square()).sqrt().mean()
-        if self.gan_weight and m.progress >= self.gan_start:
+        logs = {"gap": per_sample((real - fake).detach().square()).sqrt().mean()}
+        note_signs(logs, x, real, fake)
+        if adversarial:
             share = 1 / per_sample((x - real).abs()).detach().clamp_min(1e-5) if weight is None else weight
-            fooled = F.softplus(-discriminator_scores(m.fake, self.discriminator, x_t, t, condition)) * x[0].numel()
+            fooled = F.softplus(-scores) * x[0].numel()
             loss = loss + self.gan_weight * (share * fooled.view(len(x), -1).mean(1)).mean()
-        return Update("student", loss, logs={"gap": gap})
+        return Update("student", loss, logs=logs)
 
     def generate(self, m: Roles, draws: Draws, batch: Batch, name: str) -> Tensor:
         """The student's samples after k of its steps, k drawn for all; the gradient goes through the last of them."""

@@ -21,6 +21,7 @@ from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.objectives import Elements, per_sample, surrogate
 from limbeck.diffusion.score_gap import alpha_weight, drawn_scale, score_gap
 from limbeck.diffusion.scores import check_denoisers, check_follower, check_samples, denoising_loss
+from limbeck.diffusion.signs import FOLLOWER_LIMITS
 from limbeck.methods.checks import check_field
 from limbeck.nn.nasa import away
 
@@ -56,6 +57,7 @@ class SNOOPI(Method):
     trains: ClassVar[tuple[str, ...]] = ("student",)
     makes: ClassVar[tuple[str, ...]] = ("fake",)
     logits: ClassVar[tuple[str, ...]] = ()
+    limits = FOLLOWER_LIMITS
 
     guidance: tuple[float, float] = (0.5, 4.0)
     nasa: bool = False
@@ -79,7 +81,7 @@ class SNOOPI(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Denoisers of one schedule and of samples of one shape; for NASA negative prompts and a student that attends to them."""
-        check_denoisers(m, "teacher", "student", "fake")
+        check_denoisers(m, "teacher", "student", "fake", batch=batch)
         check_follower(m)
         if "y" not in batch:
             raise UsageError(
@@ -103,12 +105,13 @@ class SNOOPI(Method):
     def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
         """One update of the student and one of what follows it."""
         draws = Draws(m, batch)
-        x, scale = self.generate(m, batch), drawn_scale(self.guidance, draws)
+        x, scale, logs = self.generate(m, batch), drawn_scale(self.guidance, draws), dict[str, Tensor]()
         gap = score_gap(
             m, draws, x, batch.y, scale=scale, fake_scale=scale, times=self.times,
-            negative=batch.negative if self.nasa else None,
+            negative=batch.negative if self.nasa else None, logs=logs,
         )  # fmt: skip
-        yield Update("student", surrogate(x, gap, self.elements), logs={"gap": per_sample(gap.square()).sqrt().mean()})
+        logs["gap"] = per_sample(gap.square()).sqrt().mean()
+        yield Update("student", surrogate(x, gap, self.elements), logs=logs)
         loss = denoising_loss(
             m, "fake", draws, x, batch.y, times=self.fake_times, dropout=self.dropout, weight=alpha_weight,
             elements=self.elements,

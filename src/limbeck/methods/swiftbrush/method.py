@@ -20,6 +20,7 @@ from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.objectives import Elements, per_sample, surrogate
 from limbeck.diffusion.score_gap import alpha_weight, drawn_scale, score_gap
 from limbeck.diffusion.scores import check_denoisers, check_follower, check_samples, denoising_loss
+from limbeck.diffusion.signs import FOLLOWER_LIMITS
 from limbeck.methods.checks import check_field
 
 
@@ -53,6 +54,7 @@ class SwiftBrush(Method):
     trains: ClassVar[tuple[str, ...]] = ("student",)
     makes: ClassVar[tuple[str, ...]] = ("fake",)
     logits: ClassVar[tuple[str, ...]] = ()
+    limits = FOLLOWER_LIMITS
 
     guidance: float | tuple[float, float] = 4.5
     guide_fake: bool = True
@@ -72,7 +74,7 @@ class SwiftBrush(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Teacher and student are denoisers of one schedule and of samples of one shape."""
-        check_denoisers(m, "teacher", "student", "fake")
+        check_denoisers(m, "teacher", "student", "fake", batch=batch)
         check_follower(m)
         with torch.no_grad():
             check_samples(self.generate(m, batch), batch.x)
@@ -89,8 +91,10 @@ class SwiftBrush(Method):
         draws, condition = Draws(m, batch), batch.get("y")
         x, scale = self.generate(m, batch), self.scale(draws)
         own = scale if self.guide_fake else 1.0
-        gap = score_gap(m, draws, x, condition, scale=scale, fake_scale=own, times=self.times)
-        yield Update("student", surrogate(x, gap, self.elements), logs={"gap": per_sample(gap.square()).sqrt().mean()})
+        logs: dict[str, Tensor] = {}
+        gap = score_gap(m, draws, x, condition, scale=scale, fake_scale=own, times=self.times, logs=logs)
+        logs["gap"] = per_sample(gap.square()).sqrt().mean()
+        yield Update("student", surrogate(x, gap, self.elements), logs=logs)
         loss = denoising_loss(
             m, "fake", draws, x, condition, times=self.fake_times, dropout=self.dropout, weight=alpha_weight,
             elements=self.elements,
