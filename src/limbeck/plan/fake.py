@@ -62,7 +62,7 @@ class Fake:
         level = logger.level
         logger.setLevel(logging.CRITICAL)
         try:
-            moved, copied = patch.object(nn.Module, "_apply", _apply), patch.object(FakeTensor, "__deepcopy__", _copy)
+            moved, copied = patch.object(nn.Module, "_apply", _apply), patch.object(Tensor, "__deepcopy__", _copy)
             with self._mode, moved, copied, warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # copying one does
                 yield

@@ -57,7 +57,7 @@ class MemoryTracker(TorchDispatchMode):
     """A life line for every storage that is made inside, so that the peak is known with what it consists of.
 
     Storages are sorted into kinds by `label`, at any time before they die; what has no label is an activation. Memory that a
-    kernel takes and gives back within one operation is not seen. `flops` are those of matrix products, convolutions and attention.
+    kernel takes and gives back within one operation is not seen. `flops` are of matrix products, convolutions and attention.
 
     Example:
         >>> import torch
