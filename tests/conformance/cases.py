@@ -247,7 +247,7 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
     },
     "vsd": {"roles": denoisers, "data": noise, "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE}},
     "swiftbrush": {
-        "method": lambda: registry.find("swiftbrush")(guidance=(1.0, 3.0), ema=0.5),
+        "method": lambda: registry.find("swiftbrush")(guidance=2.0, ema=0.5, fake_rank=2, fake_alpha=2.0),
         "roles": denoisers,
         "data": noise,
         "exceptions": {"own_loop": MADE, "no_wait": MADE, "falls": SURROGATE},

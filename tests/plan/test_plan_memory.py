@@ -9,17 +9,21 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from limbeck.core.batch import Batch
 from limbeck.core.method import Method
-from limbeck.core.optim import Optim
+from limbeck.core.optim import Ema, Optim
 from limbeck.core.roles import Roles
+from limbeck.core.stages import Train
+from limbeck.core.update import Update
 from limbeck.data import TensorSource
 from limbeck.engine.runtime import Plain
 from limbeck.engine.settings import Engine
 from limbeck.engine.updater import Updater
 from limbeck.methods.kd.method import KD
-from limbeck.plan import plan_job
+from limbeck.plan import fake, plan_job
 from limbeck.plan.fake import Fake
 from limbeck.plan.memory import MemoryTracker
 from limbeck.plan.program import prepare_roles, training_stages
@@ -48,9 +52,9 @@ def test_fake_and_real_tensors_are_counted_alike() -> None:
 
     with MemoryTracker() as real:
         work()
-    with Fake()(), MemoryTracker() as fake:
+    with Fake()(), MemoryTracker() as shapes:
         work()
-    assert fake.peak() == real.peak()
+    assert shapes.peak() == real.peak()
     assert real.peak().peak > 64 * 32 * 4 * 2
 
 
@@ -151,6 +155,70 @@ def test_the_estimate_is_what_the_allocator_gives(model: str, engine: dict[str, 
     half = "precision" in engine
     tolerance = 0.001 if not half else 0.2 if model == "convolutions" else 0.02
     assert stage.memory.peak == pytest.approx(measured(job, kernels=half), rel=tolerance)
+
+
+class Alternating(Method):
+    """Two roles in turn, one of them twice, an average, and calls without a gradient."""
+
+    def stages(self, m: Roles, data: Any) -> Any:
+        average = {"average": Ema("student", 0.9)}
+        yield Train(self.step, {"student": None, "critic": None}, ["teacher"], data.train, ema=average)
+
+    def step(self, m: Roles, batch: Batch) -> Any:
+        with torch.no_grad():
+            t = m.teacher(batch)
+        for _ in range(2):
+            yield Update("critic", m.critic(m.student(batch).detach()).mean() - m.critic(t).square().mean())
+        yield Update("student", (m.student(batch) - t).square().mean() - m.critic(m.student(batch)).mean())
+
+
+class Hooked(Alternating):
+    """With a hook the step before the one that counts is traced too."""
+
+    def after_update(self, m: Roles, role: str) -> None:
+        pass
+
+
+def alternating(method: Any, **engine: Any) -> Any:
+    roles = Roles(teacher=transformer(), student=transformer(16), critic=perceptron())
+    roles.critic.module[0] = nn.Linear(10, 256)
+    optim = {"student": Optim("adamw", clip=1.0), "critic": Optim("sgd", momentum=0.9)}
+    job = bench(method, roles, (9, 16), 32, **engine)
+    return SimpleNamespace(**vars(job) | {"optim": optim})
+
+
+@pytest.mark.parametrize("engine", [{}, {"micro_batches": 4}, {"precision": "bf16"}], ids=["fp32", "micro", "bf16"])
+def test_the_first_step_is_planned_as_a_later_one(engine: dict[str, Any]) -> None:
+    first, later = (plan_job(alternating(method(), **engine)).stages for method in (Alternating, Hooked))
+    assert first == later
+    assert first[0].memory.optimizer > 0
+
+
+def test_short_keys_of_operations_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    short = plan_job(alternating(Alternating())).stages
+    monkeypatch.setattr(fake, "_Mode", FakeTensorMode)
+    FakeTensorMode.cache_clear()
+    assert plan_job(alternating(Alternating())).stages == short
+
+
+def test_operations_are_those_of_a_real_step() -> None:
+    class Counted(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.seen += 1
+            return func(*args, **(kwargs or {}))
+
+    job = alternating(Alternating())
+    (planned,) = plan_job(job).stages
+    stage = next(training_stages(job.method, job.roles, job.data, []))
+    prepare_roles(stage, job.roles)
+    updater = Updater(job.roles, stage, job.optim, job.method, job.engine, Plain(torch.device("cpu")))
+    batch: Batch = job.data.train.batch(torch.arange(32), 0)
+    updater.step([batch], 32)
+    with Counted() as real:
+        updater.step([batch], 32)
+    assert planned.operations == pytest.approx(real.seen, rel=0.05)  # fake tensors take a few more apart
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "rmsprop", "adagrad"])

@@ -250,6 +250,17 @@ class Table(Schedule):
         roots = [start**0.5 + (end**0.5 - start**0.5) * i / (steps - 1) for i in range(steps)]
         return cls(tuple(accumulate((1 - root**2 for root in roots), mul)))  # plain numbers, on any device
 
+    @classmethod
+    def linear(cls, steps: int = 1000, start: float = 0.0001, end: float = 0.02) -> Table:
+        """The schedule of Ho et al. 2020, and of PixArt.
+
+        Example:
+            >>> Table.linear().alpha(torch.tensor([0.5])).square()
+            tensor([0.0782])
+        """
+        betas = [start + (end - start) * i / (steps - 1) for i in range(steps)]
+        return cls(tuple(accumulate((1 - beta for beta in betas), mul)))
+
     def alpha(self, t: Tensor) -> Tensor:
         """The factor of the sample."""
         return self._squared(t).sqrt()

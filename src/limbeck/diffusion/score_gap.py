@@ -19,15 +19,13 @@ def alpha_weight(alpha: Tensor, sigma: Tensor) -> Tensor:
     return alpha**2 * (alpha / sigma) ** 2
 
 
-def drawn_scale(guidance: float | tuple[float, float], draws: Draws) -> Scale:
-    """The scale of guidance: one for all samples, or, from the ends of a range, one drawn for each `[B]`.
+def drawn_scale(guidance: tuple[float, float], draws: Draws) -> Tensor:
+    """Scales of guidance, one drawn for each sample `[B]`.
 
     Args:
-        guidance: A number, or the ends.
+        guidance: The ends of the range.
         draws: Of the batch.
     """
-    if not isinstance(guidance, tuple):
-        return guidance
     low, high = guidance
     return low + (high - low) * draws.uniform("guidance")
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.utils.flop_counter import FlopCounterMode
 
 from limbeck.core.adapt import main_output
 from limbeck.core.batch import Batch, _shape
@@ -25,7 +24,6 @@ from limbeck.core.stages import Train
 from limbeck.engine.runtime import Plain
 from limbeck.engine.settings import Engine
 from limbeck.engine.updater import Updater
-from limbeck.evaluate.cost import flop_counter
 from limbeck.plan.fake import tensors_of
 from limbeck.plan.memory import Memory, MemoryTracker
 from limbeck.plan.report import RoleCost, StageCost
@@ -34,7 +32,7 @@ from limbeck.plan.report import RoleCost, StageCost
 def trace_stage(
     method: Method, m: Roles, stage: Train, parts: list[Batch], optim: Mapping[str, OptimSpec], engine: Engine
 ) -> StageCost:
-    """Run two steps of a stage, the second one watched: then the optimizers have their state, for which one micro-batch will do.
+    """Run one step of a stage, as it is once the optimizers have their state.
 
     Args:
         method: Whose hooks run.
@@ -56,19 +54,19 @@ def trace_stage(
     flops = dict.fromkeys(m, 0)
     with (
         MemoryTracker() as tracker,
-        flop_counter() as counter,
         ExitStack() as hooks,
         explained(stage, parts[0], outputs),
     ):
         for name, role in m.items():
             tracker.label("parameters", chain(role.module.parameters(), role.module.buffers()))
-            hooks.enter_context(_watched(name, role.module, counter, flops, outputs))
+            hooks.enter_context(_watched(name, role.module, tracker, flops, outputs))
         tracker.label("batch", chain.from_iterable(map(tensors_of, parts)))
         updater = Updater(m, stage, optim, method, engine, Plain(torch.device("cpu")))
         for name, optimizer in updater.optimizers.items():
             _label_optimizer(tracker, optimizer, updater.params[name])
-        updater.step(parts[:1], _size(parts[0]))
-        start, before = tracker.now, counter.get_total_flops()
+        if updater.hooked:  # a hook may convert a role at the first step
+            updater.step(parts[:1], _size(parts[0]))
+        start, before = tracker.now, tracker.flops
         flops.update(dict.fromkeys(m, 0))
         updater.step(parts, whole)
     costs = tuple(
@@ -82,7 +80,7 @@ def trace_stage(
         )
         for name, role in m.items()
     )
-    total = counter.get_total_flops() - before
+    total = tracker.flops - before
     return StageCost(stage.name, repr(parts[0]), costs, total, tracker.now - start, tracker.peak(start), None)
 
 
@@ -138,8 +136,15 @@ def _size(batch: Batch) -> int:
 
 
 def _label_optimizer(tracker: MemoryTracker, optimizer: torch.optim.Optimizer, params: list[nn.Parameter]) -> None:
+    known: set[int] = set()
+
     def before(*_: Any) -> None:
-        tracker.label("gradients", [p.grad for p in params if p.grad is not None])
+        learned = [p for p in params if p.grad is not None]
+        tracker.label("gradients", [p.grad for p in learned if p.grad is not None])
+        if {id(p) for p in learned} - known:  # a step that is not counted, so that it is as a later one
+            known.update(map(id, learned))
+            with tracker.before():
+                optimizer.step()
 
     def after(*_: Any) -> None:
         states = (value for state in optimizer.state.values() for value in state.values())
@@ -151,15 +156,15 @@ def _label_optimizer(tracker: MemoryTracker, optimizer: torch.optim.Optimizer, p
 
 @contextmanager
 def _watched(
-    name: str, module: nn.Module, counter: FlopCounterMode, flops: dict[str, int], outputs: dict[str, str]
+    name: str, module: nn.Module, tracker: MemoryTracker, flops: dict[str, int], outputs: dict[str, str]
 ) -> Iterator[None]:
     """Add the FLOPs of a role's forward passes, and note what they return."""
 
     def before(*_: Any) -> None:
-        flops[name] -= counter.get_total_flops()
+        flops[name] -= tracker.flops
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
-        flops[name] += counter.get_total_flops()
+        flops[name] += tracker.flops
         if output is not None:  # of a pass that stopped on the way
             outputs[name] = _shape(main_output(output))
 

@@ -131,7 +131,7 @@ class CVDD(Recovered):
             losses = []
             for i, slot in enumerate(numbers(batch.x)):
                 chosen = seats(slot, len(roles), count, self.choice, priors, m.seed)
-                weight = float(votes([priors[j] for j in chosen], self.vote_temperature)[k])
+                weight = votes([priors[j] for j in chosen], self.vote_temperature)[k]
                 rows = slots.rows[slot]
                 x = self.view(m, batch, i, small.x[rows])
                 losses.append(weight * self.recovery(roles[chosen[k]], x, small.y[rows]))
