@@ -16,7 +16,6 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from measuring import machine, report
 from safetensors.torch import save_file
 from shared_images import cifar10_images

@@ -248,6 +248,23 @@ def test_frozen_roles_stay_in_eval_mode_and_unchanged():
         assert torch.equal(value, before[key])
 
 
+def test_a_frozen_module_of_one_number_is_watched():
+    class Meddler(Mimic):
+        def step(self, m, batch):
+            m.teacher.module.scale.mul_(2)
+            yield from super().step(m, batch)
+
+    def roles():
+        teacher = net(8, 16, 4)
+        teacher.register_buffer("scale", torch.ones(1) / torch.ones(()))
+        teacher.scale = teacher.scale.as_strided((1,), (0,))  # how one number may lie in memory
+        return Roles(teacher=teacher, student=net(8, 6, 4))
+
+    execute(Mimic(), roles(), table(), Engine(steps=1, batch_size=16))
+    with pytest.raises(RunError, match="frozen"):
+        execute(Meddler(), roles(), table(), Engine(steps=1, batch_size=16))
+
+
 def test_a_student_that_holds_the_teacher_does_not_wake_it():
     student = net(8, 6, 4)
     m = Roles(teacher=nn.Dropout(0.5), student=student)

@@ -297,8 +297,6 @@ class Training:
 
 def digest(module: nn.Module) -> list[int]:
     """A number for each tensor of a module that changes when its bits do; computed where the tensor is."""
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
-    hashes = [
-        torch.hash_tensor(t.detach().contiguous().reshape(-1).view(torch.uint8)).to("cpu").item() for t in tensors
-    ]
-    return [int(h) for h in hashes]
+    tensors = [t.detach().contiguous().reshape(-1) for t in (*module.parameters(), *module.buffers()) if t.numel()]
+    flat = [t if len(t) > 1 else t.clone(memory_format=torch.contiguous_format) for t in tensors]  # one may have stride 0
+    return [int(torch.hash_tensor(t.view(torch.uint8)).to("cpu").item()) for t in flat]
