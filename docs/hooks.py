@@ -56,7 +56,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace marks in comments: `fields module:Class`, `file path`, `results name`, `fewstep task`, `commands`, `methods`, `steps`."""
+    """Replace marks in comments: `fields module:Class`, `file path`, `results name`, `fewstep task`, `commands`, and so on."""
     markdown = re.sub(r"<!-- file (\S+) -->", lambda m: file_block(m[1]), markdown)
     markdown = re.sub(r"<!-- fields (\S+) -->", lambda m: fields_table(find(m[1])), markdown)
     markdown = re.sub(r"<!-- results (\S+) -->", lambda m: results_table(read_result(m[1])), markdown)
