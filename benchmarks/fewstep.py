@@ -213,7 +213,7 @@ ARMS = {
         consistency, {f"consistency, {n} step{'s' * (n > 1)}": by_consistency(n) for n in (1, 2, 4)}, real=True
     ),
     "dmd": Arm(lambda: DisBack(nodes=()), {"dmd": once}),
-    "disback": Arm(lambda: DisBack(nodes=(2, 5, 12, 30, 100), switch=10), {"disback": once}),
+    "disback": Arm(lambda: DisBack(nodes=(2, 5, 12, 30, 60), switch=5), {"disback": once}),
     "msd": Arm(lambda: MSD(students=2), {"msd, 2 students": once}),
     "swiftbrush": Arm(lambda: SwiftBrush(guidance=2.0), {"swiftbrush": once}),
     "snoopi": Arm(SNOOPI, {"snoopi": once}),
@@ -232,11 +232,11 @@ SIZES = (1000, 297, 500)
 TASKS = {
     "digits": Task(
         "scikit-learn's digits, 8 px; a UNet2DModel of 160 thousand numbers",
-        "digits", SIZES, lambda: unet(1, 8, (16, 32)), (3000, 2e-3), 200, (3e-4, 1e-3), tuple(ARMS),
+        "digits", SIZES, lambda: unet(1, 8, (16, 32)), (3000, 2e-3), 120, (3e-4, 1e-3), tuple(ARMS),
     ),
     "digits-dit": Task(
         "the same digits; a DiTTransformer2DModel of 177 thousand numbers",
-        "digits", SIZES, dit, (2500, 1e-3), 200, (3e-4, 1e-3), ("dmd", "mdt_dist"),
+        "digits", SIZES, dit, (2500, 1e-3), 120, (3e-4, 1e-3), ("dmd", "mdt_dist"),
     ),
     "cifar10": Task(
         "5,000 images of CIFAR-10 at 16 px; a UNet2DModel",
