@@ -207,7 +207,7 @@ def averaged(steps: int) -> Callable[[nn.Module], tuple[Generator, int]]:
     return lambda s: own(Sampler(s.denoiser, FLOW.grid(steps)[:-1].tolist(), "ddim"))  # type: ignore[arg-type]
 
 
-TEACHER = {f"teacher, {n} steps": along(n) for n in (50, 8, 4, 2, 1)}
+TEACHER = {f"teacher, {n} step{'s' * (n > 1)}": along(n) for n in (50, 8, 4, 2, 1)}
 ARMS = {
     "consistency": Arm(
         consistency, {f"consistency, {n} step{'s' * (n > 1)}": by_consistency(n) for n in (1, 2, 4)}, real=True
@@ -231,16 +231,16 @@ ARMS = {
 SIZES = (1000, 297, 500)
 TASKS = {
     "digits": Task(
-        "scikit-learn's digits, 8 px; a UNet2DModel of 160 thousand numbers",
-        "digits", SIZES, lambda: unet(1, 8, (16, 32)), (3000, 2e-3), 120, (3e-4, 1e-3), tuple(ARMS),
+        "scikit-learn's digits at 8 px; a DiTTransformer2DModel of 177 thousand numbers",
+        "digits", SIZES, dit, (2500, 1e-3), 120, (1e-4, 3e-4), tuple(ARMS),
     ),
-    "digits-dit": Task(
-        "the same digits; a DiTTransformer2DModel of 177 thousand numbers",
-        "digits", SIZES, dit, (2500, 1e-3), 120, (3e-4, 1e-3), ("dmd", "mdt_dist"),
+    "digits-unet": Task(
+        "the same digits; a UNet2DModel of 160 thousand numbers",
+        "digits", SIZES, lambda: unet(1, 8, (16, 32)), (2500, 2e-3), 120, (1e-4, 3e-4), ("swiftbrush", "mdt_dist"),
     ),
     "cifar10": Task(
         "5,000 images of CIFAR-10 at 16 px; a UNet2DModel",
-        "cifar10", (5000, 1000, 2000), lambda: unet(3, 16, (32, 48)), (2000, 2e-3), 200, (3e-4,),
+        "cifar10", (5000, 1000, 2000), lambda: unet(3, 16, (32, 48)), (2000, 2e-3), 120, (1e-4,),
         ("swiftbrush", "sid", "mdt_dist"), (0, 1), 48,
     ),
 }  # fmt: skip
