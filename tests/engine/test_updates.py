@@ -14,6 +14,7 @@ from limbeck import Batch, Ema, Engine, LimbeckError, Method, Optim, Roles, Trai
 from limbeck.core.errors import RunError, UsageError
 from limbeck.core.method import updates
 from limbeck.engine.run import execute
+from limbeck.engine.train import digest
 
 SGD = Optim("sgd", lr=0.1)
 
@@ -246,6 +247,17 @@ def test_frozen_roles_stay_in_eval_mode_and_unchanged():
     execute(Meddler(), m, table(), Engine(steps=3, batch_size=16))
     for key, value in m.teacher.module.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex128])
+def test_the_digest_sees_equal_numbers_change_together(dtype):
+    module = nn.Module()
+    module.register_buffer("same", torch.zeros(4, 2).to(dtype))
+    before = digest(module)
+    module.same.fill_(1)
+    assert digest(module) != before
+    module.same.fill_(0)
+    assert digest(module) == before
 
 
 def test_a_frozen_module_of_one_number_is_watched():
