@@ -8,7 +8,7 @@ Teachers and trials are kept in `runs/fewstep`: stopped and started again, it go
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -370,7 +370,8 @@ class Trials:
     def rows(self) -> list[dict[str, Any]]:
         """All of them."""
         lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [json.loads(line) for line in lines]
+        found = {(t["task"], t["arm"], t["lr"], t["seed"]): t for t in map(json.loads, lines)}
+        return list(found.values())  # of two processes that did one trial, the last
 
     def get(self, name: str, arm: str, lr: float, seed: int) -> dict[str, Any]:
         """A trial, done now if it is not yet."""
@@ -430,13 +431,15 @@ def spread(values: list[float]) -> list[float]:
     return [round(fmean(values), 3), round(stdev(values), 3) if len(values) > 1 else 0.0]
 
 
-def todo(name: str) -> Iterator[tuple[str, str, float | None, int]]:
-    """The trials of a task: rates first, by the tuning seed, then what is reported, seed by seed."""
+def run(trials: Trials, name: str, arms: tuple[str, ...]) -> None:
+    """The trials of a task, seed by seed; the rates of an arm are tried before, by the tuning seed."""
     task = TASKS[name]
-    yield from ((name, "teacher", 0.0, seed) for seed in task.seeds)
-    if len(task.rates) > 1:
-        yield from ((name, arm, lr, TUNING) for arm in task.arms for lr in task.rates)
-    yield from ((name, arm, None, seed) for seed in task.seeds for arm in task.arms)
+    for seed in task.seeds:
+        for arm in arms:
+            rates = task.rates if arm != "teacher" and len(task.rates) > 1 else ()
+            for lr in rates:
+                trials.get(name, arm, lr, TUNING)
+            trials.get(name, arm, 0.0 if arm == "teacher" else chosen(trials.rows(), name, arm), seed)
 
 
 def main() -> None:
@@ -444,7 +447,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="*", choices=[*TASKS, []], default=list(TASKS))
     parser.add_argument(
-        "--arms", nargs="*", choices=["teacher", *ARMS, []], help="only these, for several processes at once"
+        "--arms",
+        nargs="*",
+        choices=["teacher", *ARMS, []],
+        help="only these, in this order, for several processes at once",
     )
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
@@ -455,10 +461,7 @@ def main() -> None:
         teacher(name)
         right = accuracy(Roles(student=judge(task.images, task.sizes)), splits(task.images, task.sizes)[2])
         print(f"{name}: the classifier is right in {right:.1f} % of the test images", flush=True)
-        for _, arm, lr, seed in todo(name):
-            if given.arms and arm not in given.arms:
-                continue
-            trials.get(name, arm, chosen(trials.rows(), name, arm) if lr is None else lr, seed)
+        run(trials, name, tuple(given.arms or ("teacher", *task.arms)))
     report(summary(trials.rows()), given.out)
 
 
