@@ -1,4 +1,4 @@
-"""The gallery and the front of `fewstep.py`, of its result and of the samples that it keeps.
+"""The galleries of `fewstep.py`, of its result and of the samples that it keeps.
 
 python benchmarks/fewstep_pictures.py
 """
@@ -13,8 +13,6 @@ from fewstep import CLASSES, FOLDER, TASKS, splits, whole
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor
-
-from limbeck.report.figures import pareto
 
 EACH, PIXEL, GAP, LEFT, TOP = 2, 5, 3, 196, 26  # samples of a class, and sizes in pixels
 LEFT_OUT = ("teacher, 8 steps", "consistency, 2 steps")
@@ -46,7 +44,7 @@ def gallery(shown: dict[str, Tensor], table: dict[str, Any]) -> Image.Image:
         draw.text((4, y + size / 2 - 8), label, "black", font, anchor="lm")
         if label in table:
             draw.text(
-                (4, y + size / 2 + 9), f"Frechet distance {table[label]['frechet'][0]:.1f}", "#777", small, anchor="lm"
+                (4, y + size / 2 + 9), f"Frechet distance {table[label]['frechet'][0]:.0f}", "#777", small, anchor="lm"
             )
         for k, image in enumerate(images):
             pixels = (255 * (image - low) / (high - low)).clamp(0, 255).byte()
@@ -61,18 +59,8 @@ def place(k: int, size: int) -> int:
     return LEFT + k * (size + GAP) + k // EACH * 2 * GAP
 
 
-def front(table: dict[str, Any]) -> str:
-    """Distance against passes through a network, of all rows that make samples."""
-    points = [
-        {"name": label, "frechet_distance": line["frechet"][0], "passes": line["nfe"]}
-        for label, line in table.items()
-        if line["nfe"]
-    ]
-    return pareto(points, "frechet_distance", "passes")
-
-
 def main() -> None:
-    """Draw both."""
+    """Draw them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--result", type=Path, default=Path("benchmarks/results/fewstep.json"))
     parser.add_argument("--out", type=Path, default=Path("docs/img"))
