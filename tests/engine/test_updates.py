@@ -249,7 +249,9 @@ def test_frozen_roles_stay_in_eval_mode_and_unchanged():
         assert torch.equal(value, before[key])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex128])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex128]
+)
 def test_the_digest_sees_equal_numbers_change_together(dtype):
     module = nn.Module()
     module.register_buffer("same", torch.zeros(4, 2).to(dtype))

@@ -298,7 +298,9 @@ class Training:
 def digest(module: nn.Module) -> list[int]:
     """A number for each tensor of a module that changes when its bits do; computed where the tensor is."""
     tensors = [t.detach().contiguous().reshape(-1) for t in (*module.parameters(), *module.buffers()) if t.numel()]
-    flat = [t if len(t) > 1 else t.clone(memory_format=torch.contiguous_format) for t in tensors]  # one may have stride 0
+    flat = [
+        t if len(t) > 1 else t.clone(memory_format=torch.contiguous_format) for t in tensors
+    ]  # one may have stride 0
     return [_digest(t.view(_WORDS[min(t.element_size(), 8)])) for t in flat]
 
 
