@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from measuring import machine, report
 from safetensors.torch import save_file
-from shared_images import cifar10_images
 from torch import Tensor, nn
 
 from limbeck import Batch, Method, Optim, Roles, Update
@@ -47,12 +46,10 @@ Generator = Callable[[Tensor, Tensor], Tensor]  # of noise and classes
 
 @dataclass(frozen=True)
 class Task:
-    """A data set, a teacher of it, and what its students may spend.
+    """A teacher, and what its students may spend.
 
     Args:
         about: In a sentence.
-        images: With labels.
-        sizes: Images to train, to tune and to test on.
         network: Predicts the velocity.
         learning: Steps and rate of the teacher.
         steps: Updates of a student.
@@ -63,8 +60,6 @@ class Task:
     """
 
     about: str
-    images: str
-    sizes: tuple[int, int, int]
     network: Callable[[], nn.Module]
     learning: tuple[int, float]
     steps: int
@@ -94,16 +89,16 @@ class Arm:
 class Judge(nn.Module):
     """A classifier of real images, in whose 32 features samples are compared."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 32),
         )  # fmt: skip
         self.fc = nn.Linear(32, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, C, H, W]` to logits."""
+        """Images `[B, 1, 8, 8]` to logits."""
         return self.fc(self.body(x).relu())
 
 
@@ -116,16 +111,11 @@ def digits_images() -> TensorSource:
 
 
 @cache
-def images(name: str) -> TensorSource:
-    """The images of a task."""
-    return digits_images() if name == "digits" else cifar10_images(8000)
-
-
-@cache
-def splits(name: str, sizes: tuple[int, int, int]) -> list[TensorSource]:
+def splits() -> list[TensorSource]:
     """Images to train, to tune and to test on."""
-    order = torch.randperm(len(images(name)), generator=torch.Generator().manual_seed(0))[: sum(sizes)]
-    return [images(name).subset(rows) for rows in order.split(list(sizes))]
+    source = digits_images()
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    return [source.subset(rows) for rows in order.split((1000, 297, 500))]
 
 
 def whole(source: TensorSource) -> Batch:
@@ -133,13 +123,13 @@ def whole(source: TensorSource) -> Batch:
     return source.batch(torch.arange(len(source)), 0)
 
 
-def unet(channels: int, size: int, widths: tuple[int, ...]) -> nn.Module:
+def unet() -> nn.Module:
     """A small U-Net of diffusers as the velocity of a flow; class 10 is the empty one."""
     from diffusers import UNet2DModel
 
     net = UNet2DModel(
-        sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=1, block_out_channels=widths,
-        down_block_types=("DownBlock2D",) * len(widths), up_block_types=("UpBlock2D",) * len(widths), norm_num_groups=8,
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=8,
         add_attention=False, num_class_embeds=CLASSES + 1,
     )  # fmt: skip
     return Denoiser(net, FLOW, "flow_prediction", time_scale=999, null=CLASSES, keyword="class_labels")
@@ -228,20 +218,14 @@ ARMS = {
         real=True,
     ),
 }  # fmt: skip
-SIZES = (1000, 297, 500)
 TASKS = {
     "digits": Task(
         "scikit-learn's digits at 8 px; a DiTTransformer2DModel of 177 thousand numbers",
-        "digits", SIZES, dit, (2500, 1e-3), 120, (1e-4, 3e-4), tuple(ARMS),
+        dit, (2500, 1e-3), 120, (1e-4, 3e-4), tuple(ARMS),
     ),
     "digits-unet": Task(
         "the same digits; a UNet2DModel of 160 thousand numbers",
-        "digits", SIZES, lambda: unet(1, 8, (16, 32)), (2500, 2e-3), 120, (1e-4, 3e-4), ("swiftbrush", "mdt_dist"),
-    ),
-    "cifar10": Task(
-        "5,000 images of CIFAR-10 at 16 px; a UNet2DModel",
-        "cifar10", (5000, 1000, 2000), lambda: unet(3, 16, (32, 48)), (2000, 2e-3), 120, (1e-4,),
-        ("swiftbrush", "sid", "mdt_dist"), (0, 1), 48,
+        unet, (2500, 2e-3), 120, (1e-4, 3e-4), ("swiftbrush", "mdt_dist"),
     ),
 }  # fmt: skip
 
@@ -261,15 +245,15 @@ def kept(name: str, make: Callable[[], nn.Module], train: Callable[[nn.Module], 
 
 
 @cache
-def judge(name: str, sizes: tuple[int, int, int]) -> nn.Module:
+def judge() -> nn.Module:
     """The classifier of real images."""
-    train = splits(name, sizes)[0]
+    train = splits()[0]
 
     def learn(module: nn.Module) -> None:
         optim = Optim("adamw", lr=3e-3, weight_decay=0.05, schedule="cosine")
         fit(supervised, Roles(student=module), train, {"student": optim}, steps=600, batch_size=64)
 
-    return kept(f"{name}-judge", lambda: Judge(images(name).batch(torch.arange(1), 0).x.shape[1]), learn)
+    return kept("digits-judge", Judge, learn)
 
 
 @cache
@@ -280,7 +264,7 @@ def teacher(name: str) -> nn.Module:
 
     def learn(module: nn.Module) -> None:
         optim = {"student": Optim("adam", lr=lr, schedule="cosine", warmup=100)}
-        train = splits(task.images, task.sizes)[0]
+        train = splits()[0]
         fit(denoise, Roles(student=module), train, optim, steps=steps, batch_size=task.batch)
 
     return kept(f"{name}-teacher", task.network, learn)
@@ -289,7 +273,7 @@ def teacher(name: str) -> nn.Module:
 @torch.no_grad()
 def generate(task: Task, call: Generator, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Samples and their classes, within the range of pixels."""
-    real = whole(splits(task.images, task.sizes)[0]).x
+    real = whole(splits()[0]).x
     y = torch.arange(count) % CLASSES
     z = torch.randn(count, *real.shape[1:], generator=torch.Generator().manual_seed(seed))
     with torch.random.fork_rng():
@@ -300,9 +284,9 @@ def generate(task: Task, call: Generator, count: int, seed: int) -> tuple[Tensor
 
 def judged(task: Task, x: Tensor, y: Tensor, split: int) -> dict[str, float]:
     """Samples beside real images, in the features of the classifier."""
-    classifier: Any = judge(task.images, task.sizes)
+    classifier: Any = judge()
     with torch.no_grad():
-        real = classifier.body(whole(splits(task.images, task.sizes)[split]).x)
+        real = classifier.body(whole(splits()[split]).x)
         made = classifier.body(x)
         right = (classifier.fc(made.relu()).argmax(1) == y).double().mean()
     near = density_and_coverage(real, made)
@@ -326,7 +310,7 @@ def trial(name: str, arm_name: str, seed: int, lr: float) -> dict[str, Any]:
     student = seeded(0, task.network)
     student.load_state_dict(teacher(name).state_dict())
     m = Roles(teacher=teacher(name), student=student)
-    train = splits(task.images, task.sizes)[0]
+    train = splits()[0]
     shape = tuple(whole(train).x.shape[1:])
     source = train if arm.real else Noise(shape, 100 * task.batch, CLASSES, seed=seed)
     optim = {"student": Optim("adam", lr=lr, schedule="cosine", final=0.05, warmup=10)}
@@ -354,7 +338,7 @@ def measured(name: str, arm: Arm, student: nn.Module, seed: int) -> dict[str, An
 def plain(name: str, seed: int) -> dict[str, Any]:
     """The teacher itself, and the training images in the place of samples."""
     task = TASKS[name]
-    real = whole(splits(task.images, task.sizes)[0])
+    real = whole(splits()[0])
     found = measured(name, Arm(denoise, TEACHER), teacher(name), seed)
     found["rows"]["training images"] = {**judged(task, real.x[:1000], real.y[:1000], 2), "nfe": 0, "seconds": 0.0}
     return {"minutes": 0.0, **found}
@@ -459,7 +443,7 @@ def main() -> None:
     for name in given.tasks:
         task = TASKS[name]
         teacher(name)
-        right = accuracy(Roles(student=judge(task.images, task.sizes)), splits(task.images, task.sizes)[2])
+        right = accuracy(Roles(student=judge()), splits()[2])
         print(f"{name}: the classifier is right in {right:.1f} % of the test images", flush=True)
         run(trials, name, tuple(given.arms or ("teacher", *task.arms)))
     report(summary(trials.rows()), given.out)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep import CLASSES, FOLDER, TASKS, splits, whole
+from fewstep import CLASSES, FOLDER, splits, whole
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,7 +20,7 @@ LEFT_OUT = ("teacher, 8 steps", "consistency, 2 steps")
 
 def rows(name: str, table: dict[str, Any]) -> dict[str, Tensor]:
     """Samples by row, those of a class one after the other; first real images."""
-    real = whole(splits(TASKS[name].images, TASKS[name].sizes)[2])
+    real = whole(splits()[2])
     shown = {"test images": torch.cat([real.x[real.y == c][:EACH] for c in range(CLASSES)])}
     for label in table:
         path = FOLDER / f"{name}-{label}.safetensors"
