@@ -73,10 +73,11 @@ def options(description: str, **integers: int) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def report(result: Mapping[str, Any], out: Path | None) -> None:
+def report(result: Mapping[str, Any], out: Path | None, quiet: bool = False) -> None:
     """Print the result, and write it aside and rename it."""
     text = json.dumps(result, indent=1)
-    print(text)
+    if not quiet:
+        print(text)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         aside = out.with_suffix(out.suffix + ".tmp")

@@ -56,10 +56,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Replace the marks `fields module:Class`, `file path`, `results name`, `commands`, `methods` and `steps` (in comments)."""
+    """Replace marks in comments: `fields module:Class`, `file path`, `results name`, `fewstep task`, `commands`, and so on."""
     markdown = re.sub(r"<!-- file (\S+) -->", lambda m: file_block(m[1]), markdown)
     markdown = re.sub(r"<!-- fields (\S+) -->", lambda m: fields_table(find(m[1])), markdown)
     markdown = re.sub(r"<!-- results (\S+) -->", lambda m: results_table(read_result(m[1])), markdown)
+    markdown = re.sub(
+        r"<!-- fewstep (\S+) -->", lambda m: fewstep_table(read_result("fewstep")["tables"][m[1]]), markdown
+    )
     made = {
         "commands": commands,
         "methods": lambda: methods_table("methods/"),
@@ -141,6 +144,31 @@ def results_table(found: dict[str, Any]) -> str:
         difference = "" if (c := against.get(name)) is None else f"{c['mean']:+.1f} [{c['low']:+.1f}, {c['high']:+.1f}]"
         rows.append(row([name, f"{summary['mean']:.1f} ± {summary['deviation']:.1f}", difference, tuning]))
     return "\n".join([f"{found['task']}.", "", *rows])
+
+
+def fewstep_table(found: dict[str, Any]) -> str:
+    """Ways to sample one teacher, those of few passes first, and of equally many the best first."""
+    columns = (
+        "Frechet distance",
+        "right class (%)",
+        "density (%)",
+        "coverage (%)",
+        "passes",
+        "images a second",
+        "minutes",
+        "rate",
+    )
+    rows = [row(["sampled by", *columns]), "|---" * (len(columns) + 1) + "|"]
+    lines = found["rows"]
+    for name in sorted(lines, key=lambda name: (lines[name]["nfe"], lines[name]["frechet"][0])):
+        line = lines[name]
+        scores = [line[key] for key in ("frechet", "agreement", "density", "coverage")]
+        cells = [f"{mean:.1f} ± {deviation:.1f}" if deviation else f"{mean:.1f}" for mean, deviation in scores]
+        trained = [f"{line['minutes']:.1f}", f"{line['lr']:g}"] if line["lr"] else ["", ""]
+        rows.append(
+            row([name, *cells, str(line["nfe"] or ""), f"{line['speed']:g} times" if line["nfe"] else "", *trained])
+        )
+    return "\n".join(rows)
 
 
 def steps_table(found: dict[str, Any]) -> str:

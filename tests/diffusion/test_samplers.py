@@ -9,6 +9,7 @@ from torch import nn
 from limbeck import Batch, Roles
 from limbeck.convert.lora import AddLora, MergeLora
 from limbeck.convert.record import load_student, save_student
+from limbeck.convert.slicing import Slice
 from limbeck.convert.steps import ToExperts, ToSampler
 from limbeck.core.errors import UsageError
 from limbeck.data import TensorSource
@@ -120,6 +121,19 @@ def test_a_copy_that_learns_may_not_share():
 
     with pytest.raises(UsageError, match="shares parameters"):
         Roles(teacher=nn.Linear(2, 2)).convert("student", Same(), of="teacher")
+
+
+def test_a_copy_of_a_model_that_was_given_frozen_learns():
+    teacher = nn.Linear(2, 2).requires_grad_(False)
+    m = Roles(teacher=teacher)
+    m.convert("fake", Slice({}), of="teacher")
+    m.convert("student", Slice({}), of="fake")
+    assert all(p.requires_grad for name in ("fake", "student") for p in m[name].parameters())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    part = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    m = Roles(teacher=part)
+    m.convert("fake", Slice({}), of="teacher")
+    assert [p.requires_grad for p in m.fake.parameters()] == [False, False, True, True]
 
 
 def test_a_number_of_the_whole_step_is_that_of_its_parts():

@@ -72,10 +72,11 @@ def test_a_field_shows_its_default_and_its_meaning(hooks):
 
 
 def test_the_marks_of_a_page_are_replaced(hooks):
-    marks = ("fields limbeck.core.optim:Optim", "file examples/own_loop.py", "commands", "methods")
+    marks = ("fields limbeck.core.optim:Optim", "file examples/own_loop.py", "commands", "methods", "fewstep digits")
     page = hooks.on_page_markdown("\n".join(f"<!-- {mark} -->" for mark in marks))
     assert "<!--" not in page
     assert all(text in page for text in ("`weight_decay`", "def mlp(", "## limbeck distill", "[kd](methods/kd.md)"))
+    assert "| teacher, 50 steps |" in page
 
 
 def test_formulas_become_mathml(hooks):

@@ -14,6 +14,7 @@ from limbeck import Batch, Ema, Engine, LimbeckError, Method, Optim, Roles, Trai
 from limbeck.core.errors import RunError, UsageError
 from limbeck.core.method import updates
 from limbeck.engine.run import execute
+from limbeck.engine.train import digest
 
 SGD = Optim("sgd", lr=0.1)
 
@@ -246,6 +247,36 @@ def test_frozen_roles_stay_in_eval_mode_and_unchanged():
     execute(Meddler(), m, table(), Engine(steps=3, batch_size=16))
     for key, value in m.teacher.module.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.bool, torch.complex128]
+)
+def test_the_digest_sees_equal_numbers_change_together(dtype):
+    module = nn.Module()
+    module.register_buffer("same", torch.zeros(4, 2).to(dtype))
+    before = digest(module)
+    module.same.fill_(1)
+    assert digest(module) != before
+    module.same.fill_(0)
+    assert digest(module) == before
+
+
+def test_a_frozen_module_of_one_number_is_watched():
+    class Meddler(Mimic):
+        def step(self, m, batch):
+            m.teacher.module.scale.mul_(2)
+            yield from super().step(m, batch)
+
+    def roles():
+        teacher = net(8, 16, 4)
+        teacher.register_buffer("scale", torch.ones(1) / torch.ones(()))
+        teacher.scale = teacher.scale.as_strided((1,), (0,))  # how one number may lie in memory
+        return Roles(teacher=teacher, student=net(8, 6, 4))
+
+    execute(Mimic(), roles(), table(), Engine(steps=1, batch_size=16))
+    with pytest.raises(RunError, match="frozen"):
+        execute(Meddler(), roles(), table(), Engine(steps=1, batch_size=16))
 
 
 def test_a_student_that_holds_the_teacher_does_not_wake_it():

@@ -211,6 +211,18 @@ def test_steps_begin_where_they_are_told_to():
     assert made.times.tolist() == [0.5, 0.375, 0.25, 0.125]
 
 
+def test_steps_are_those_of_a_shifted_flow_and_times_of_training_are_not():
+    shifted = RectifiedFlow(shift=3.0)
+    m = Roles(**{name: Denoiser(TimeMLP(2, 8), shifted, "flow_prediction") for name in ("teacher", "student")})
+    stages = SiD(steps=4).stages(m, Data(train=Noise((2,), 8)))
+    next(stages)
+    made = stages.send(None).how(m.student.module)[0]
+    torch.testing.assert_close(made.times, torch.tensor([1.0, 0.9, 0.75, 0.5]))
+    torch.testing.assert_close(made.times, shifted.grid(4)[:-1])
+    x, draws = torch.zeros(8, 2), Draws(m, batch())
+    assert noisy(shifted, draws, "student", x, 0.02, 0.98)[1].equal(noisy(FLOW, draws, "student", x, 0.02, 0.98)[1])
+
+
 def test_all_steps_of_the_student_are_drawn_whatever_its_number():
     b, m = batch(), roles(times=(1.0, 0.5))
     calls = []

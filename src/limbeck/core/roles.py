@@ -261,6 +261,10 @@ class Roles:
         module, record = how(self[base].module)
         if frozen and base != name:
             self[base].freeze()
+        if base != name and not any(p.requires_grad for p in module.parameters()):
+            own = {id(p) for p in self[base].module.parameters()}
+            for p in module.parameters():  # of a model that was given frozen, as an earlier run leaves it
+                p.requires_grad_(p.is_floating_point() and id(p) not in own)
         learning = {id(p) for p in module.parameters() if p.requires_grad}  # weights under adapters may be shared
         if base != name and not learning.isdisjoint(map(id, self[base].module.parameters())):
             raise UsageError(

@@ -69,7 +69,7 @@ def solver_times(schedule: Schedule, count: int = 50) -> Tensor:
         raise UsageError("there are no such steps", where="count", found=count, expected=f"1 to {TIMESTEPS - 1}")
     places = torch.arange(count + 1) * (TIMESTEPS // count) - 1
     places[-1] = TIMESTEPS - 1
-    return schedule.at(places.clamp_min(0) / (TIMESTEPS - 1))
+    return schedule.step_at(places.clamp_min(0) / (TIMESTEPS - 1))
 
 
 def sampling_times(schedule: Schedule, steps: int, count: int = 50) -> Tensor:

@@ -131,6 +131,10 @@ class Schedule:
         """The time at a share of the schedule, from 0 to 1."""
         return share * self.last
 
+    def step_at(self, share: Tensor) -> Tensor:
+        """The time of a sampler's step at a share of the schedule: `at`, but that flows shift their steps."""
+        return self.at(share)
+
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """`alpha_{t|s}` and `sigma_{t|s}` of `x_t = alpha_{t|s} x_s + sigma_{t|s} eps`, for `s < t` `[...]`."""
         ratio = self.alpha(t) / self.alpha(s)
@@ -164,7 +168,7 @@ class RectifiedFlow(Schedule):
     """`alpha = 1 - t`, `sigma = t`.
 
     Args:
-        shift: Moves the times of the grid towards noise: `t' = shift t / (1 + (shift - 1) t)`.
+        shift: Moves the steps of samplers towards noise: `t' = shift t / (1 + (shift - 1) t)`; not the times of training.
     """
 
     shift: float = 1.0
@@ -177,6 +181,10 @@ class RectifiedFlow(Schedule):
         """The factor of the noise."""
         return t
 
+    def step_at(self, share: Tensor) -> Tensor:
+        """The time of a sampler's step, shifted."""
+        return shifted(share, self.shift)
+
     def grid(self, steps: int) -> Tensor:
         """Times `[steps + 1]` from 1 down to 0, shifted.
 
@@ -184,7 +192,7 @@ class RectifiedFlow(Schedule):
             >>> RectifiedFlow(shift=5.0).grid(4)
             tensor([1.0000, 0.9375, 0.8333, 0.6250, 0.0000])
         """
-        return shifted(super().grid(steps), self.shift)
+        return self.step_at(super().grid(steps))
 
 
 @dataclass(frozen=True)

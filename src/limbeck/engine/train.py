@@ -297,8 +297,16 @@ class Training:
 
 def digest(module: nn.Module) -> list[int]:
     """A number for each tensor of a module that changes when its bits do; computed where the tensor is."""
-    tensors = [t for t in (*module.parameters(), *module.buffers()) if t.numel()]
-    hashes = [
-        torch.hash_tensor(t.detach().contiguous().reshape(-1).view(torch.uint8)).to("cpu").item() for t in tensors
-    ]
-    return [int(h) for h in hashes]
+    tensors = [t.detach().contiguous().reshape(-1) for t in (*module.parameters(), *module.buffers()) if t.numel()]
+    flat = [
+        t if len(t) > 1 else t.clone(memory_format=torch.contiguous_format) for t in tensors
+    ]  # one may have stride 0
+    return [_digest(t.view(_WORDS[min(t.element_size(), 8)])) for t in flat]
+
+
+def _digest(words: Tensor) -> int:
+    """Sum and exclusive or of a tensor's words `[N]`: the latter alone does not see equal numbers change in pairs."""
+    return (int(words.sum(dtype=torch.int64).item()) << 64) + int(torch.hash_tensor(words).item())
+
+
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -122,7 +122,7 @@ class SiD(Method):
         if "fake" not in m:
             yield Convert("fake", Slice({}), of="teacher", name="copy the teacher")
         schedule = schedule_of(m.student)
-        times = schedule.at(self.start * (1 - torch.arange(self.steps) / self.steps))
+        times = schedule.step_at(self.start * (1 - torch.arange(self.steps) / self.steps))
         yield Convert("student", ToSampler(times.tolist(), self.noise), name=f"{self.steps} steps")
         average = {"student_average": Ema("student", self.ema)} if self.ema else {}
         yield Train(self.step, roles={"student": None, "fake": None}, frozen=self.frozen, data=data.train, ema=average)
