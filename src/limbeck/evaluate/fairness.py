@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from limbeck.core.errors import UsageError
 from limbeck.core.roles import Roles
 from limbeck.core.source import Source
 from limbeck.data.ids import mix, normals, uniforms
 from limbeck.evaluate.cost import evaluating
+from limbeck.evaluate.samples import density_and_coverage
 from limbeck.nn.vae import TableVAE
 
 
@@ -48,10 +51,48 @@ def equalized_odds_ratio(predicted: Tensor, true: Tensor, groups: Tensor) -> flo
     return min(ratios)
 
 
-def _ratio(rates: list[Tensor]) -> float:
-    if not rates or float(max(rates)) == 0:
-        return 1.0
-    return float(min(rates) / max(rates))
+def auroc(scores: Tensor, true: Tensor) -> float:
+    """The area under the ROC curve: how often a positive one scores above a negative one; ties count a half.
+
+    Args:
+        scores: `[N]`.
+        true: 0 or 1 `[N]`.
+
+    Returns:
+        0.5 where there is one class only.
+
+    Example:
+        >>> auroc(torch.tensor([0.1, 0.4, 0.4, 0.9]), torch.tensor([0, 0, 1, 1]))
+        0.875
+    """
+    positives = int(true.sum())
+    pairs = positives * (len(true) - positives)
+    if not pairs:
+        return 0.5
+    _, place, counts = scores.double().unique(return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum(0) - (counts - 1) / 2).double()[place]  # ties share the mean of their ranks
+    return float((ranks[true == 1].sum() - positives * (positives + 1) / 2) / pairs)
+
+
+def judge_predictions(scores: Tensor, true: Tensor, groups: Tensor) -> dict[str, float]:
+    """Ratios of fairness, and accuracy, F1 and area under the ROC curve beside them, of a classifier that decides at 0.
+
+    One without the other says nothing: whoever gives everybody the same answer is fair.
+
+    Args:
+        scores: Logits `[N]`.
+        true: 0 or 1 `[N]`.
+        groups: Group numbers `[N]`.
+    """
+    predicted = (scores > 0).long()
+    hits = int((predicted * true).sum())
+    return {
+        "demographic_parity_ratio": demographic_parity_ratio(predicted, groups),
+        "equalized_odds_ratio": equalized_odds_ratio(predicted, true, groups),
+        "accuracy": float((predicted == true).double().mean()),
+        "f1": 2 * hits / max(1, int(predicted.sum() + true.sum())),
+        "auroc": auroc(scores, true),
+    }
 
 
 @torch.no_grad()
@@ -76,7 +117,7 @@ def synthesise(
     keys = mix(torch.arange(len(x)) + (seed << 32))
     mean, logvar = model.encode(x, groups)
     z = mean + (0.5 * logvar).exp() * normals(keys, model.latent).to(mean)
-    drawn = groups[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
+    drawn = groups[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(groups.device)]
     parts = [part.softmax(1) for part in model.columns(model.decode(z, drawn))]
     if not literal:
         shares = torch.bincount(groups, minlength=model.groups).double() / len(groups)
@@ -90,40 +131,66 @@ def synthesise(
     return torch.stack(codes, 1), drawn
 
 
-def downstream(codes: Tensor, test: Tensor, sizes: tuple[int, ...], target: int, steps: int = 300) -> Tensor:
-    """What a logistic regression trained on rows predicts of the target of other rows, from all other columns.
+def fit_rows(codes: Tensor, sizes: Sequence[int], target: int, steps: int = 300) -> Callable[[Tensor], Tensor]:
+    """A logistic regression that predicts one column of rows from all others.
 
     Args:
-        codes: Rows to train on `[N, F]`.
-        test: Rows to predict `[M, F]`.
+        codes: Rows to train on, category numbers `[N, F]`.
         sizes: Categories of each column.
         target: The column, with two categories.
         steps: Of Adam, on all rows at once.
 
     Returns:
-        0 or 1 `[M]`.
+        A function from rows `[M, F]` to logits of the second category `[M]`.
+
+    Raises:
+        UsageError: The column has another number of categories.
+
+    Example:
+        >>> codes = torch.tensor([[0, 0], [1, 1]]).repeat(20, 1)
+        >>> (fit_rows(codes, (2, 2), 1)(codes[:2]) > 0).tolist()
+        [False, True]
     """
+    if sizes[target] != 2:
+        raise UsageError(
+            "the target cannot be judged", where="data", found=f"{sizes[target]} classes", expected="two",
+            fix="join classes, or train a classifier of your own on the table",
+        )  # fmt: skip
     others = [k for k in range(len(sizes)) if k != target]
 
     def features(rows: Tensor) -> Tensor:
         return torch.cat([F.one_hot(rows[:, k], sizes[k]) for k in others], 1).float()
 
-    x, y = features(codes), codes[:, target].float()
-    with torch.enable_grad():
-        w = torch.zeros(x.shape[1] + 1, requires_grad=True)
-        optimizer = torch.optim.Adam([w], lr=0.05)
-        for _ in range(steps):
-            loss = F.binary_cross_entropy_with_logits(x @ w[1:] + w[0], y) + 1e-4 * w.square().sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    w = w.detach()
-    return (features(test) @ w[1:] + w[0] > 0).long()
+    return _logistic(features, codes, codes[:, target], steps)
+
+
+def group_probe(z: Tensor, groups: Tensor, test: Tensor, test_groups: Tensor, squares: bool = False) -> float:
+    """How well two groups are told apart in a latent: the balanced accuracy of a logistic regression, 0.5 for not at all.
+
+    Args:
+        z: Latents to train on `[N, Z]`.
+        groups: 0 or 1 `[N]`.
+        test: Latents to judge on `[M, Z]`.
+        test_groups: 0 or 1 `[M]`.
+        squares: Whether squares and products are features, too.
+
+    Example:
+        >>> z = torch.tensor([[-1.0], [0.0], [1.0]]).repeat(20, 1)
+        >>> [group_probe(z, (z[:, 0] == 0).long(), z, (z[:, 0] == 0).long(), squares=s) > 0.9 for s in (False, True)]
+        [False, True]
+    """
+    first, second = torch.triu_indices(z.shape[1], z.shape[1])
+
+    def features(x: Tensor) -> Tensor:
+        return torch.cat([x, x[:, first] * x[:, second]], 1) if squares else x
+
+    found = _logistic(features, z, groups, 300)(test) > 0
+    return float(sum((found[test_groups == g] == g).double().mean() for g in (0, 1)) / 2)
 
 
 class FairTable:
-    """Judges models of tables by what a logistic regression makes of their synthetic rows: `accuracy` on real held-out rows, and
-    the ratios of demographic parity and equalised odds between groups; labels of the source are groups.
+    """Judges models of tables by what a logistic regression makes of their synthetic rows, made from one half of held-out rows,
+    on the other half: see `judge_predictions`; `density` and `coverage` tell how near the rows are to real ones.
 
     Args:
         source: Held-out rows, one-hot, with groups as labels.
@@ -142,17 +209,36 @@ class FairTable:
     def judge(self, m: Roles, role: str) -> dict[str, float]:
         """The numbers of any role."""
         model: Any = m[role].module
-        batch = self.source.batch(torch.arange(len(self.source)), 0)
+        device = next(model.parameters()).device
+        order = mix(self.source.ids).argsort()  # halves at random, the same for all models
+        half = len(order) // 2
+        given, kept = (self.source.batch(rows, 0).to(device) for rows in (order[:half], order[half:]))
         with evaluating(model):
-            rows, _ = synthesise(model, batch.x, batch.y, literal=self.literal)
-            real = model.codes(batch.x)
-        return ratios(downstream(rows, real, model.sizes, model.target), real[:, model.target], batch.y)
+            rows, _ = synthesise(model, given.x, given.y, literal=self.literal)
+            real = model.codes(kept.x)
+        scores = fit_rows(rows, model.sizes, model.target)(real)
+        near = density_and_coverage(kept.x[:2000], model.one_hot(rows)[:2000])  # all are compared with all
+        return judge_predictions(scores, real[:, model.target], kept.y) | near
 
 
-def ratios(predicted: Tensor, true: Tensor, groups: Tensor) -> dict[str, float]:
-    """Accuracy and both ratios of fairness of predictions `[N]`."""
-    return {
-        "demographic_parity_ratio": demographic_parity_ratio(predicted, groups),
-        "accuracy": float((predicted == true).double().mean()),
-        "equalized_odds_ratio": equalized_odds_ratio(predicted, true, groups),
-    }
+def _ratio(rates: list[Tensor]) -> float:
+    if not rates or float(max(rates)) == 0:
+        return 1.0
+    return float(min(rates) / max(rates))
+
+
+def _logistic(
+    features: Callable[[Tensor], Tensor], rows: Tensor, labels: Tensor, steps: int
+) -> Callable[[Tensor], Tensor]:
+    """Logits of a logistic regression on features of rows."""
+    x, y = features(rows), labels.float()
+    with torch.enable_grad():
+        w = torch.zeros(x.shape[1] + 1, device=x.device, requires_grad=True)
+        optimizer = torch.optim.Adam([w], lr=0.05)
+        for _ in range(steps):
+            loss = F.binary_cross_entropy_with_logits(x @ w[1:] + w[0], y) + 1e-4 * w.square().sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    w = w.detach()
+    return lambda other: features(other) @ w[1:] + w[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import csv
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,9 @@ from limbeck.core.method import Method
 from limbeck.core.roles import Roles
 from limbeck.core.stages import Collect, Convert, Stage, Train
 from limbeck.core.update import Update
+from limbeck.data.categorical import Columns, columns_of
+from limbeck.data.ids import mix
+from limbeck.data.synthetic import SyntheticTable
 from limbeck.diffusion.draws import Draws
 from limbeck.evaluate.fairness import synthesise
 from limbeck.losses.independence import gaussian_kl, group_distance
@@ -30,15 +32,18 @@ from limbeck.nn.vae import TableVAE
 class FairLatent(Method):
     """Fair synthetic data by distilling a fair representation (Sikder et al. 2024).
 
-    The teacher, an autoencoder that is told the group, learns rows under a penalty on what its latent says of it (FairDisCo):
-    `rec + kl_weight KL + fairness V^2`. Then a smaller encoder in front of the teacher's decoder learns the teacher's latent:
-    `||mu' - mu||^2 + utility KL(teacher || student)`. Last, rows are drawn with groups of their own and written as a table.
-    Batches are rows, one-hot, with the group as label; the target is one of the columns.
+    The teacher, an autoencoder that is told the group, learns rows under a penalty on what its latent says of it (FairDisCo,
+    Liu et al. 2022): `rec + kl_weight KL + fairness V^2`. Then a smaller encoder in front of the teacher's decoder learns the
+    teacher's latent: `||mu' - mu||^2 + utility KL(teacher || student)`. Last, rows are drawn with groups of their own and kept
+    as a `SyntheticTable`. Batches are rows, one-hot, with the group as label; the target is one of the columns.
 
-    The two losses of the second stage are not told in full by the paper; these are reconstructions (inferred).
+    The paper does not tell the losses of the second stage in full, nor how the target is decoded; these are reconstructions
+    (inferred).
 
     Args:
-        fairness: Weight of the penalty, as a share of what two groups that have nothing in common would have.
+        fairness: Weight of the penalty.
+        normalise: Whether the penalty is a share of `integral p(z)^2`, for weights of 1 to 100; without, as in the authors'
+            code, the weight grows with the latents, 10^7 for 8.
         kl_weight: Of the distance of latents from the standard normal.
         utility: Weight of the divergence of the student's latent from the teacher's.
         teach_steps: Steps of the first stage; 0 takes the teacher as it is.
@@ -59,8 +64,9 @@ class FairLatent(Method):
     logits: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[tuple[str, ...] | None] = ()
 
-    fairness: float = 10.0
-    kl_weight: float = 0.2
+    fairness: float = 20.0
+    normalise: bool = True
+    kl_weight: float = 1.0
     utility: float = 1.0
     teach_steps: int = 500
     label_decode: Literal["marginal", "literal"] = "marginal"
@@ -91,19 +97,26 @@ class FairLatent(Method):
             raise UsageError(
                 "rows do not fit the models", where="data", found=list(batch.x.shape), expected=sum(teacher.sizes)
             )
+        one_hot = teacher.one_hot(teacher.codes(batch.x))
+        if type(batch.x) is torch.Tensor and not bool((one_hot == batch.x).all()):  # fake tensors have no values
+            raise UsageError(
+                "rows are not one-hot", where="data", found="other numbers than 0 and 1", expected="one category a column",
+                fix="limbeck.data.categorical.table_data puts numbers into bins",
+            )  # fmt: skip
 
     def check_data(self, data: Any) -> None:
-        """There are two groups at least."""
+        """There are two groups at least, and they are whole numbers."""
         groups = getattr(getattr(data, "train", None), "labels", None)
-        if groups is None or len(groups.unique()) < 2:
+        if groups is None or groups.ndim != 1 or groups.is_floating_point() or len(groups.unique()) < 2:
             raise UsageError(
                 "there are no groups to be fair to", where="data.train.y",
-                found="none" if groups is None else f"one value, {groups.unique().tolist()}",
-                expected="the protected attribute, with two values or more",
+                found="none" if groups is None else f"{str(groups.dtype)[6:]}, {groups.unique().tolist()[:3]}",
+                expected="the protected attribute, numbered, with two values or more",
             )  # fmt: skip
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """A fair teacher, a small encoder, a table."""
+        _check_groups(m.teacher.module, data.train)
         if self.teach_steps:
             yield Train(self.teach, roles={"teacher": None}, data=data.train, steps=self.teach_steps, name="teach")
         yield Convert("student", TakeDecoder(m.teacher.module), name="take the teacher's decoder")
@@ -115,7 +128,7 @@ class FairLatent(Method):
         teacher: Any = m.teacher.module
         mean, logvar = teacher.encode(batch.x, batch.y)
         z = mean + (0.5 * logvar).exp() * Draws(m, batch).normal("latent", mean)
-        fair = group_distance(mean, logvar, batch.y)
+        fair = group_distance(mean, logvar, batch.y, teacher.groups, normalise=self.normalise)
         loss = teacher.reconstruction(teacher.decode(z, batch.y), batch.x)
         loss = loss + self.kl_weight * gaussian_kl(mean, logvar) + self.fairness * fair
         return Update("teacher", loss, logs={"group_distance": fair.detach()})
@@ -126,22 +139,29 @@ class FairLatent(Method):
         with torch.no_grad():
             mean, logvar = teacher.encode(batch.x, batch.y)
         own, own_logvar = student.encode(batch.x, batch.y)
-        quality = (own - mean).square().mean()
+        quality = (own - mean).square().sum(1).mean()
         return Update("student", quality + self.utility * gaussian_kl(mean, logvar, own, own_logvar))
 
     def _table(self, source: Any, m: Roles, folder: Path) -> dict[str, Any]:
         student: Any = m.student.module
-        count = self.rows or len(source)
-        rows = torch.arange(count) % len(source)
-        batch = source.batch(rows, 0)
         device = next(student.parameters()).device
-        literal = self.label_decode == "literal"
-        codes, groups = synthesise(student, batch.x.to(device), batch.y.to(device), m.seed, literal)
-        with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*(f"column_{k}" for k in range(codes.shape[1])), "group"])
-            writer.writerows([*row, g] for row, g in zip(codes.tolist(), groups.tolist(), strict=True))
+        count = self.rows or len(source)
+        order = mix(mix(source.ids) + m.seed).argsort()  # some rows are any rows, also of a file that is sorted
+        batch = source.batch(order[torch.arange(count) % len(order)], 0).to(device)
+        codes, groups = synthesise(student, batch.x, batch.y, m.seed, self.label_decode == "literal")
+        columns = columns_of(source) or Columns.numbered(student.sizes, student.groups)
+        info = {"label_decode": self.label_decode, "seed": m.seed, "from_rows": len(source)}
+        SyntheticTable(columns, codes.cpu(), groups.cpu(), info).save(folder)
         return {"rows": count, "columns": codes.shape[1]}
+
+
+def _check_groups(teacher: Any, source: Any) -> None:
+    highest = int(source.labels.max())
+    if highest >= teacher.groups:
+        raise UsageError(
+            "there are more groups than the models know", where="roles.teacher", found=f"{teacher.groups} groups",
+            expected=highest + 1, fix="TableVAE(..., groups=...)",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
