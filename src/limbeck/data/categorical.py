@@ -89,7 +89,9 @@ class Columns:
             ((0, 1), (0, 1, 2))
         """
         values = tuple(tuple(range(size)) for size in sizes)
-        return cls(tuple(f"column_{k}" for k in range(len(sizes))), values, (None,) * len(sizes), "group", tuple(range(groups)))
+        return cls(
+            tuple(f"column_{k}" for k in range(len(sizes))), values, (None,) * len(sizes), "group", tuple(range(groups))
+        )
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -195,10 +197,16 @@ def table_data(
         (['train', 'validation', 'test'], (4, 4, 4, 4, 4, 4, 4, 2))
     """
     u = fractions(torch.arange(len(next(iter(_read(table).values())))), seed)
-    masks = {"train": u >= validation + test, "validation": u < validation, "test": (u >= validation) & (u < validation + test)}
+    masks = {
+        "train": u >= validation + test,
+        "validation": u < validation,
+        "test": (u >= validation) & (u < validation + test),
+    }
     rows = {name: mask.nonzero()[:, 0] for name, mask in masks.items() if mask.any()}
     if "train" not in rows:
-        raise UsageError("there are no rows to learn from", where="data.train", found=f"{len(u)} rows", fix="smaller shares")
+        raise UsageError(
+            "there are no rows to learn from", where="data.train", found=f"{len(u)} rows", fix="smaller shares"
+        )
     columns = Columns.of(table, protected, target, bins, rows["train"].tolist())
     codes, groups = columns.codes(table), columns.group_codes(table)
     for name, own in rows.items():
@@ -222,7 +230,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> dict[str, li
     """
     values, named = read_delimited(Path(path), columns)
     table = plain_table(values, str(path), named)
-    return {name: [v.strip() if isinstance(v, str) else v for v in list(table.read(name))] for name in table.kinds}
+    return {name: [v.strip() if isinstance(v, str) else v for v in _plain(table.read(name))] for name in table.kinds}
 
 
 def biased_table(count: int = 2000, bias: float = 3.0, seed: int = 0) -> dict[str, list[Any]]:
@@ -256,8 +264,7 @@ def _read(table: Mapping[str, Sequence[Any]], names: Sequence[str] | None = None
             raise UsageError("a column is missing", where="table", found=", ".join(map(str, table)), expected=name)
     found = {}
     for name in names:
-        column: Any = table[name]
-        found[name] = column.tolist() if hasattr(column, "tolist") else list(column)
+        found[name] = _plain(table[name])
         missing = [i for i, v in enumerate(found[name]) if v is None or v != v or v == ""]
         if missing:
             raise UsageError(
@@ -268,6 +275,12 @@ def _read(table: Mapping[str, Sequence[Any]], names: Sequence[str] | None = None
     if len(set(lengths.values())) != 1 or 0 in lengths.values():
         raise UsageError("columns differ in length, or there are no rows", where="table", found=lengths)
     return found
+
+
+def _plain(column: Any) -> list[Any]:
+    """Values of Python, also where a column is an array or holds numbers of numpy."""
+    column = column.tolist() if hasattr(column, "tolist") else column
+    return [v.item() if hasattr(v, "item") else v for v in column]
 
 
 def _different(name: str, column: list[Any]) -> list[Any]:
