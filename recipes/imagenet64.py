@@ -30,8 +30,9 @@ class Labelled(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor) -> Any:
-        """What the UNet predicts for images `[B, 3, H, W]`, `ln(sigma) / 4` `[B]` and class labels `[B]`."""
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None = None) -> Any:
+        """What the UNet predicts for images `[B, 3, H, W]`, `ln(sigma) / 4` `[B]` and class labels `[B]` (default: the first)."""
+        labels = torch.zeros(len(x), dtype=torch.int64, device=x.device) if labels is None else labels
         return self.unet(x, 1000 * time, class_labels=labels).sample
 
 

@@ -21,7 +21,7 @@ from limbeck.diffusion import Denoiser, RectifiedFlow
 
 NAME, HERE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", Path(__file__).parent / "weights"
 LENGTH, WIDTH = 512, 4096  # of a prompt
-FRAMES, HEIGHT, BREADTH = 21, 60, 104  # latents of 81 frames of 480 x 832
+FRAMES, HEIGHT, BREADTH = 11, 60, 104  # latents of 41 frames of 480 x 832; 21 of 81 frames want cards of more memory
 SIZES = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30, "text_dim": WIDTH}
 
 

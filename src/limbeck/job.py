@@ -126,6 +126,7 @@ def gather(
     teacher_module = teachers.get("teacher")
     with torch.random.fork_rng():
         torch.manual_seed(recipe.engine.seed)
+        module: nn.Module
         if student == GRAPHS:
             module, origin = empty(), Origin(student)
         elif isinstance(student, str) and (count := condensed_size(student)) is not None:

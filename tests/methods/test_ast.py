@@ -48,7 +48,7 @@ def batch():
 
 def gradient(method, experts):
     m = roles()
-    loss = method.step(experts, m, batch()).loss
+    loss = method.follow(experts, m, batch()).loss
     return loss, torch.autograd.grad(loss, m.student.module.x)[0]
 
 

@@ -110,7 +110,7 @@ def test_gradients_reach_samples_and_step_size_alone():
     m = roles()
     m.student = FAST.begun(m)
     experts = Trajectories(None, network(), FAST.expert_training)
-    update = FAST.step(experts, m, Segments(3, 3).batch(torch.tensor([0, 4]), 0))
+    update = FAST.follow(experts, m, Segments(3, 3).batch(torch.tensor([0, 4]), 0))
     assert update.role == "student"
     # Experts that stand still have nothing to follow: the distance they went is 0.
     assert not update.loss.isfinite() or update.loss > 0

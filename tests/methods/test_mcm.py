@@ -165,6 +165,17 @@ def test_guidance_is_that_of_lcm():
     torch.testing.assert_close(x_s, TABLE.add_noise(d, e, s), atol=1e-3, rtol=1e-3)
 
 
+def test_each_sample_has_its_own_w_in_the_range(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("limbeck.methods.mcm.method.consistency_pair", lambda *a, **kw: seen.update(kw, index=a[5]))
+    b = Batch(x=drawn(3000, 4, 3), id=torch.arange(3000))
+    m = roles()
+    plain(guidance=(5.0, 15.0)).pair(m, Draws(m, b), b.x, None)
+    assert 6 <= seen["scale"].min() < 6.1
+    assert 15.9 < seen["scale"].max() <= 16
+    assert seen["index"].unique().tolist() == list(range(50))
+
+
 def test_the_prediction_from_noise_and_from_velocity_agree():
     x_t, t = drawn(2, 4, 3), torch.tensor([0.3, 0.8])
     v = drawn(2, 4, 3, seed=2)

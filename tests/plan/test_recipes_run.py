@@ -64,9 +64,13 @@ TEXTS = {
     "snoopi-sd21": "has a test of its own below",
     "mcm-modelscope": "has a test of its own below",
     "vsd-sd21-images": "has a test of its own below",
+    "mirage-nci1": "has a test of its own below",
     "phased-dmd-wan": "has a test of its own below",
     "mdt-dist-sd3": "has a test of its own below",
     "fair-latent-adult": "has a test of its own below",
+    "dwa-imagenet-resnet18": "has a test of its own below",
+    "cv-dd-imagenet": "has a test of its own below",
+    "infer-imagenet": "has a test of its own below",
 }
 
 
@@ -241,9 +245,10 @@ def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monk
     names = {"teacher": "teacher", "data": "prompts"}
     if name.startswith("vsd"):
         names = {"teacher": "teacher", "data": "one_prompt", "student": "particles"}
+    few = {"method.nodes": [1, 2], "method.switch": 1} if name.startswith("disback") else {}
     given: dict[str, Any] = {field: f"{tmp_path / 'small.py'}:{function}" for field, function in names.items()}
     given |= {"engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu",
-              "engine.precision": "fp32", "out": str(tmp_path / "run")}  # fmt: skip
+              "engine.precision": "fp32", "out": str(tmp_path / "run")} | few  # fmt: skip
     recipe = Recipe.load(RECIPES / f"{name}.yaml", [f"{field}={json.dumps(value)}" for field, value in given.items()])
     job = build(recipe)
     before = [p.clone() for p in job.roles.student.parameters()]
@@ -261,6 +266,30 @@ def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monk
             assert loaded(batch.x, condition=batch.y).equal(
                 result.roles.student.module.eval()(batch.x, condition=batch.y)
             )
+
+
+def test_the_recipe_of_mirage_reads_the_files_of_a_data_set(tmp_path: Path) -> None:
+    """A folder in the form that the class TUDataset unpacks, with drawn graphs in it."""
+    from limbeck.data.graphs import motifs
+
+    pytest.importorskip("torch_geometric")
+    source, raw, start = motifs(200), tmp_path / "NCI1" / "raw", 0
+    raw.mkdir(parents=True)
+    lines: dict[str, list[str]] = {"A": [], "graph_indicator": [], "graph_labels": [], "node_labels": []}
+    for i, (graph, y) in enumerate(zip(source.graphs, source.labels.tolist(), strict=True)):
+        lines["A"] += [f"{a + start + 1}, {b + start + 1}" for a, b in graph.edges.T.tolist()]
+        lines["graph_indicator"] += [str(i + 1)] * len(graph.nodes)
+        lines["node_labels"] += [str(label) for label in graph.nodes.tolist()]
+        lines["graph_labels"].append(str(y))
+        start += len(graph.nodes)
+    for name, text in lines.items():
+        (raw / f"NCI1_{name}.txt").write_text("\n".join(text) + "\n")
+    given = {"data.spec": str(raw), "method.threshold": [40, 50], "engine.device": "cpu", "out": str(tmp_path / "run")}
+    recipe = Recipe.load(RECIPES / "mirage-nci1.yaml", [f"{k}={json.dumps(v)}" for k, v in given.items()])
+    run(build(recipe), progress="off")
+    small = load(tmp_path / "run")
+    assert small.counts[small.labels == 0].min() >= 40
+    assert small.counts[small.labels == 1].min() >= 50
 
 
 def test_the_recipe_of_prompts_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -497,3 +526,108 @@ def test_the_recipe_of_fair_rows_takes_a_real_step(tmp_path: Path) -> None:
     assert set(made["income"]) <= {"<=50K", ">50K"}
     assert len(made["sex"]) == len(job.data.train)
     assert "demographic_parity_ratio" in json.dumps(result.metrics)
+def test_the_recipe_of_several_students_takes_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("torchvision")
+    (tmp_path / "small.py").write_text(
+        f"import sys\n\nsys.path.insert(0, {str(RECIPES)!r})\n"
+        "import torch\nfrom imagenet64 import denoiser\nfrom limbeck.data import Data, TensorSource\n\n\n"
+        "def teacher():\n    return denoiser(8, 1, classes=4)\n\n\ndef student():\n    return denoiser(4, 1, classes=4)\n\n\n"
+        "def images():\n    x = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))\n"
+        "    return Data(train=TensorSource(x, torch.arange(16) % 4))\n"
+    )
+    names = {"teacher": "teacher", "student": "student", "data": "images"}
+    given: dict[str, Any] = {field: f"{tmp_path / 'small.py'}:{function}" for field, function in names.items()}
+    given |= {
+        "engine.steps": 6, "engine.batch_size": 8, "engine.micro_batches": 2, "engine.device": "cpu", "engine.workers": 0,
+        "engine.precision": "fp32", "engine.log_every": 1, "method.match_steps": 2, "method.students": 2,
+        "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    recipe = Recipe.load(RECIPES / "msd-imagenet64.yaml", [f"{f}={json.dumps(value)}" for f, value in given.items()])
+    job = build(recipe)
+    frozen = [p.clone() for p in job.roles.teacher.parameters()]
+    result = run(job, progress="off")
+    first, second = result.roles.student.module.experts
+    both = list(zip(first.parameters(), second.parameters(), strict=True))
+    assert sum(not torch.equal(a, b) for a, b in both) > len(both) / 2  # each went its own way
+    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
+    rows = [row for row in result.history if "train/loss/fake" in row]
+    assert len(rows) == 6
+    loaded = load(tmp_path / "run", trust=True)
+    z, y = torch.randn(4, 3, 16, 16), torch.arange(4)
+    with torch.no_grad():
+        assert loaded(z, condition=y).equal(result.roles.student.module.eval()(z, condition=y))
+
+
+# Small networks of the classes of torchvision's models that remember batch statistics.
+REMEMBERING = """
+from functools import partial
+
+from torchvision.models import DenseNet, EfficientNet, MobileNetV2, ResNet, ShuffleNetV2
+from torchvision.models.efficientnet import MBConvConfig
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+def resnet18():
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5)
+
+def resnet50():
+    return ResNet(Bottleneck, [1, 1, 1, 1], num_classes=5)
+
+def shufflenet():
+    return ShuffleNetV2([1, 1, 1], [8, 8, 16, 32, 32], num_classes=5)
+
+def mobilenet():
+    return MobileNetV2(num_classes=5, width_mult=0.25)
+
+def densenet():
+    return DenseNet(4, (1, 1, 1, 1), 8, num_classes=5)
+
+def efficientnet():
+    return EfficientNet([MBConvConfig(1, 3, 1, 8, 8, 1, 1, 1), MBConvConfig(2, 3, 2, 8, 16, 1, 1, 1)], 0.2, num_classes=5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "teachers"),
+    [
+        ("dwa-imagenet-resnet18", ["resnet18"]),
+        ("cv-dd-imagenet", ["resnet18", "resnet50", "shufflenet", "mobilenet", "densenet"]),
+        ("infer-imagenet", ["resnet18", "mobilenet", "efficientnet"]),
+    ],
+)
+def test_a_recipe_of_recovery_takes_real_steps(
+    name: str, teachers: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchvision")
+    from limbeck.evaluate import tasks
+    from limbeck.evaluate.condensation import Condensation, Training
+
+    few = Training(steps=2)
+    monkeypatch.setattr(tasks, "Condensation", lambda source, size: Condensation(source, size, few))
+    images(tmp_path)
+    (tmp_path / "small.py").write_text(REMEMBERING)
+    specs = [f"{tmp_path / 'small.py'}:{teacher}" for teacher in teachers]
+    given: dict[str, Any] = {
+        "teacher": specs if len(specs) > 1 else specs[0], "student": "condensed:4", "data.spec": str(tmp_path / "data"),
+        "data.image_size": 32, "engine.steps": 2, "engine.batch_size": 8, "engine.micro_batches": 2, "engine.device": "cpu",
+        "engine.precision": "fp32", "engine.workers": 0, "out": str(tmp_path / "run"),
+    }  # fmt: skip
+    if name != "infer-imagenet":
+        given |= {"method.classes_at_once": 3, "method.label_epochs": 2}
+    overrides = [f"{field}={json.dumps(value)}" for field, value in given.items()]
+    job = build(Recipe.load(RECIPES / f"{name}.yaml", overrides))
+    before = {n: {k: v.clone() for k, v in r.module.state_dict().items()} for n, r in job.roles.teachers.items()}
+    begun = job.roles.student.module.x.detach().clone()
+    result = run(job, progress="off")
+    small: Any = result.roles.student.module
+    for role, state in before.items():
+        assert all(v.equal(state[k]) for k, v in result.roles[role].module.state_dict().items())
+    if name == "infer-imagenet":
+        assert small.compensators.any()
+        assert (len(small.x), len(small.compensators), len(small)) == (10, 6, 40)
+        assert small.soft.shape == (40, 5)
+    else:
+        assert not small.x.equal(begun)
+        assert small.soft.shape == (2, 20, 5)
+    assert 0 <= result.metrics["top1"] <= 1
+    assert load(tmp_path / "run")().equal(small())

@@ -16,7 +16,7 @@ def distill(
         ),
     ] = None,
     student: Annotated[
-        str | None, typer.Option(help="The same forms, and layers:N, slice:NAME=N, copy, static.")
+        str | None, typer.Option(help="The same forms, and layers:N, slice:NAME=N, copy, static, condensed:N.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="A data set by name, file or folder.")] = None,
     method: Annotated[str | None, typer.Option(help="A name that `limbeck methods` lists, or file.py:Class.")] = None,

@@ -66,7 +66,7 @@ class Condensed(nn.Module):
         sizes = {"y": len(y)} | ({} if soft is None else {"soft": soft.shape[-2]})
         if any(size != count for size in sizes.values()) or not count:
             raise UsageError("labels and samples differ in number", where="condensed", found=sizes, expected=count)
-        if type(x.detach()) is Tensor and not bool(x.isfinite().all()):  # fake tensors have no values
+        if type(x.detach()) is Tensor and not x.is_meta and not bool(x.isfinite().all()):  # fake tensors have no values
             raise UsageError("the samples hold NaN or infinite values", where="condensed.x", fix="drop or mend them")
         self.x = nn.Parameter(x.detach().clone(), requires_grad="x" in learn)
         self.compensators = _parameter(compensators, "compensators" in learn)
@@ -262,9 +262,10 @@ def per_class(source: Source, count: int, seed: int = 0) -> Tensor:
 
 
 def blank(shape: Sequence[int], classes: int, images_per_class: int) -> Condensed:
-    """A set of zeros, where only sizes count."""
+    """A set without values, where only sizes count: it takes no memory, however large it is."""
     y = torch.arange(classes).repeat_interleave(images_per_class)
-    return Condensed(torch.zeros(len(y), *shape), y, info={"images_per_class": images_per_class})
+    x = torch.empty(len(y), *shape, device="meta")
+    return Condensed(x, y, info={"images_per_class": images_per_class})
 
 
 def condensed_size(spec: str) -> int | None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from limbeck.core.errors import UsageError
 from limbeck.core.files import aside
 from limbeck.core.optim import Optim
-from limbeck.data.graphs import Graph, union
+from limbeck.data.graphs import Graph
 from limbeck.data.trees import Frequent, Trees, offsets, renumbered
 
 GRAPHS = "condensed:graphs"  # what stands for them as a student's spec
@@ -97,13 +97,19 @@ class CondensedGraphs(nn.Module):
 
     def examples(self, rows: Sequence[int]) -> dict[str, Tensor]:
         """Sets side by side, as `Graphs` gives graphs, with `roots`, the nodes that are read."""
-        sets = [self.set(row) for row in rows]
-        trees = [tree for trees in sets for tree in trees]
-        x = union(trees)
-        owner = torch.repeat_interleave(torch.tensor([len(trees) for trees in sets]))
-        roots = torch.zeros(len(x["nodes"]), dtype=torch.bool)
-        roots[offsets([len(t.nodes) for t in trees])[:-1]] = True
-        return x | {"graph": owner[x["graph"]], "roots": roots}
+        which = torch.as_tensor(rows, dtype=torch.int64)
+        entries, owner = _spans(self.set_ends, which)
+        places, tree = _spans(self.tree_ends, self.items[entries].long())  # [V], [V]
+        starts = torch.cat([tree.new_ones(1, dtype=torch.bool), tree[1:] != tree[:-1]])  # the root of each tree
+        at = starts.nonzero().flatten()[tree]
+        children = (~starts).nonzero().flatten()  # [E]
+        return {
+            "nodes": self.nodes[places].long(),
+            "edges": torch.stack([children, (self.parents[places].long() + at)[children]]),
+            "graph": owner[tree],
+            "edge_labels": self.edge_labels[places[children]].long(),
+            "roots": starts,
+        }
 
     def batches(
         self, steps: int, batch_size: int = 32, sampling: Sampling = "frequency", seed: int = 0
@@ -234,6 +240,14 @@ def graphs_folder(path: str | os.PathLike[str]) -> Path | None:
 
 def _marks(tree: Graph) -> Tensor:
     return torch.zeros(tree.edges.shape[1], dtype=torch.int64) if tree.edge_labels is None else tree.edge_labels
+
+
+def _spans(ends: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+    """The positions of some pieces, one piece after another, and for each position the number of its piece."""
+    first = ends[which].long()
+    sizes = ends[which + 1].long() - first
+    owner = torch.repeat_interleave(sizes)
+    return torch.arange(len(owner)) + (first - (sizes.cumsum(0) - sizes))[owner], owner
 
 
 def _narrow(t: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class Graphs(Rows):
         ids: Unique whole numbers `[N]`. Default: positions.
 
     Raises:
-        UsageError: There are no graphs, no labels, or an edge leads nowhere.
+        UsageError: There are no graphs, no classes, a graph without nodes, labels that are no whole numbers from 0, or an edge
+            that leads nowhere.
 
     Example:
         >>> pair = Graph(torch.tensor([0, 1]), torch.tensor([[0, 1], [1, 0]]))
@@ -50,6 +51,7 @@ class Graphs(Rows):
     """
 
     views = 1
+    labels: Tensor
 
     def __init__(self, graphs: Sequence[Graph], y: Tensor | Sequence[int] | None, ids: Tensor | None = None) -> None:
         if y is None:
@@ -63,6 +65,11 @@ class Graphs(Rows):
                     "nodes and edges need labels that can be told apart", where=f"graph {i}", found="numbers or vectors",
                     expected="one whole number each", fix="put continuous features into bins",
                 )  # fmt: skip
+            if not len(graph.nodes) or any(bool((t < 0).any()) for t in kinds):
+                raise UsageError(
+                    "a graph has no nodes, or labels below 0", where=f"graph {i}", found=f"{len(graph.nodes)} nodes",
+                    expected="nodes and labels from 0",
+                )  # fmt: skip
             if graph.edges.numel() and not 0 <= int(graph.edges.min()) <= int(graph.edges.max()) < len(graph.nodes):
                 raise UsageError("an edge leads to a node that there is not", where=f"graph {i}")
         self.graphs, self.labels = list(graphs), torch.as_tensor(y).to(torch.int64)
@@ -71,13 +78,17 @@ class Graphs(Rows):
     @property
     def node_labels(self) -> int:
         """Labels of nodes, from 0."""
-        return max(int(g.nodes.max()) for g in self.graphs if len(g.nodes)) + 1
+        return max(int(g.nodes.max()) for g in self.graphs) + 1
 
     def batch(self, rows: Tensor, view: int) -> Batch:
         """The graphs at positions `rows` `[B]`, side by side."""
         x = union([self.graphs[row] for row in rows.tolist()])
-        assert self.labels is not None
         return Batch(id=self.ids[rows], view=torch.full_like(rows, view), y=self.labels[rows], x=x)
+
+    def subset(self, rows: Tensor | Sequence[int]) -> Graphs:
+        """The graphs at positions `rows`, with their ids."""
+        rows = torch.as_tensor(rows, dtype=torch.int64)
+        return Graphs([self.graphs[row] for row in rows.tolist()], self.labels[rows], self.ids[rows])
 
     def fingerprint(self) -> str:
         """Of all graphs and labels."""
@@ -144,7 +155,7 @@ def read_tu(folder: str | Path) -> Graphs:
     and, where there are some, `NAME_node_labels.txt` and `NAME_edge_labels.txt`.
 
     Raises:
-        UsageError: A file is missing or damaged.
+        UsageError: A file is missing or damaged, or nodes have continuous attributes and no labels.
     """
     folder = Path(folder)
     first = next(iter(sorted(folder.glob("*_A.txt"))), None)
@@ -158,25 +169,54 @@ def read_tu(folder: str | Path) -> Graphs:
             return None
         try:
             rows = [[int(v) for v in line.split(",")] for line in file.read_text().splitlines() if line.strip()]
-            return torch.tensor(rows)
+            found = torch.tensor(rows, dtype=torch.int64)
+            return found.view(-1, 2 if kind == "A" else found[:1].numel())
         except ValueError as error:
             raise UsageError("this file is damaged", where=file, found=error, expected="whole numbers") from None
 
     edges, owner, y = read("A"), read("graph_indicator"), read("graph_labels")
     if edges is None or owner is None or y is None:
         raise UsageError("a file of this data set is missing", where=folder, expected=f"{name}_graph_labels.txt, ...")
-    owner, edges = owner[:, 0] - 1, edges.T - 1
     labels, marks = read("node_labels"), read("edge_labels")
+    if labels is None and (folder / f"{name}_node_attributes.txt").is_file():
+        raise UsageError(
+            "these nodes have continuous attributes and no labels", where=folder / f"{name}_node_attributes.txt",
+            expected=f"{name}_node_labels.txt", fix="put the attributes into bins, and write those as labels",
+        )  # fmt: skip
+    owner, edges = owner[:, 0] - 1, edges.T - 1
+    _check_tu(folder, owner, edges, len(y), labels, marks)
     nodes = torch.zeros(len(owner), dtype=torch.int64) if labels is None else labels[:, 0]
-    order = torch.unique(y[:, 0], return_inverse=True)[1]
-    graphs = []
-    starts = torch.cat([torch.zeros(1, dtype=torch.int64), torch.bincount(owner, minlength=len(y)).cumsum(0)])
-    of_edge = owner[edges[0]]
-    for i in range(len(y)):
-        mine = of_edge == i
-        own = None if marks is None else marks[mine, 0]
-        graphs.append(Graph(nodes[starts[i] : starts[i + 1]], edges[:, mine] - starts[i], own))
-    return Graphs(graphs, order)
+    sizes = torch.bincount(owner, minlength=len(y))  # nodes of each graph, which stand together
+    order = owner[edges[0]].argsort(stable=True)
+    counts = torch.bincount(owner[edges[0]], minlength=len(y)).tolist()
+    starts = (sizes.cumsum(0) - sizes).tolist()
+    of_nodes, of_edges = nodes.split(sizes.tolist()), edges[:, order].split(counts, 1)
+    of_marks = [None] * len(y) if marks is None else marks[order, 0].split(counts)
+    graphs = [Graph(n, e - at, k) for n, e, k, at in zip(of_nodes, of_edges, of_marks, starts, strict=True)]
+    return Graphs(graphs, torch.unique(y[:, 0], return_inverse=True)[1])
+
+
+def is_tu(folder: Path) -> bool:
+    """Whether a folder holds graphs in that form."""
+    return any(folder.glob("*_A.txt"))
+
+
+def _check_tu(
+    folder: Path, owner: Tensor, edges: Tensor, graphs: int, labels: Tensor | None, marks: Tensor | None
+) -> None:
+    inside = bool(((edges >= 0) & (edges < len(owner))).all())
+    for ok, what in (
+        (
+            bool((owner[1:] >= owner[:-1]).all()) and 0 <= int(owner.min()) <= int(owner.max()) < graphs,
+            "nodes do not stand graph by graph",
+        ),
+        (inside, "an edge leads to a node that there is not"),
+        (inside and bool((owner[edges[0]] == owner[edges[1]]).all()), "an edge leads from one graph to another"),
+        (labels is None or len(labels) == len(owner), "nodes and their labels differ in number"),
+        (marks is None or len(marks) == edges.shape[1], "edges and their labels differ in number"),
+    ):
+        if not ok:
+            raise UsageError("this data set is damaged", where=folder, found=what)
 
 
 def motifs(count: int = 400, noise: float = 0.1, seed: int = 0) -> Graphs:

@@ -14,6 +14,7 @@ from limbeck.data.build import complete, from_object, from_tables, hub_tables, i
 from limbeck.data.condensed import NAME as CONDENSED
 from limbeck.data.condensed import Condensed
 from limbeck.data.data import Data
+from limbeck.data.graphs import is_tu, read_tu
 from limbeck.data.images import SUFFIXES, image_files
 from limbeck.data.language import text_blocks
 from limbeck.data.options import DataOptions
@@ -29,9 +30,9 @@ def load_data(spec: Any, *, tokenizer: Callable[..., Any] | str | None = None, *
 
     Args:
         spec: A name (`digits`, `iris`, `wine`, `breast_cancer`, `superclasses`, `shapes`, `docstrings`); a folder of images (one
-            folder for each class, below `train/`, `val/`, `test/` or not); a `.parquet`, `.csv`, `.tsv`, `.jsonl` or
-            `.txt` file (one sentence a line) or a folder of them; `hf:NAME` or `hf:NAME:CONFIG` for Hugging Face
-            `datasets`; `condensed:FOLDER` for what a condensing method made; `file.py:function` or
+            folder for each class, below `train/`, `val/`, `test/` or not) or of graphs (see `read_tu`); a `.parquet`, `.csv`,
+            `.tsv`, `.jsonl` or `.txt` file (one sentence a line) or a folder of them; `hf:NAME` or `hf:NAME:CONFIG` for
+            Hugging Face `datasets`; `condensed:FOLDER` for what a condensing method made; `file.py:function` or
             `package.module:factory` that returns any of the following; a `Data`, a mapping of splits, a source, a data
             set or data loader of torch, tensors `(x, y)`.
         tokenizer: For texts; see `TextSource`, and `DataOptions` for names.
@@ -133,6 +134,8 @@ def _from_path(path: Path, o: DataOptions, tokenizer: Tokenizer) -> Data:
         return _from_files({"train": [path]}, path.suffix, o, tokenizer)
     if any((path / name).is_file() for name in _SAVED):
         return from_tables(_hub(str(path)), o, tokenizer)
+    if is_tu(path):
+        return Data(**complete({"train": read_tu(path)}, o))
     suffix = _suffix(path)
     if suffix is None:
         return with_transforms(folders.image_folder(path), o, tokenizer)

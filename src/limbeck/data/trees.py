@@ -130,8 +130,9 @@ def frequent_sets(
 
     grow((), singles)
     if maximal:
-        sets = [set(f.items) for f in found]
-        found = [f for f, own in zip(found, sets, strict=True) if not any(own < other for other in sets)]
+        # A set is part of another frequent one just where it is one of them less an item.
+        inner = {f.items[:k] + f.items[k + 1 :] for f in found for k in range(len(f.items))}
+        found = [f for f in found if f.items not in inner]
     return sorted(found, key=lambda f: (-f.count, f.items))
 
 

@@ -22,6 +22,9 @@ from limbeck.evaluate.cost import evaluating
 from limbeck.losses.logits import soft_cross_entropy
 
 SGD = Optim("sgd", lr=0.02, momentum=0.9, weight_decay=5e-4, schedule="step", milestones=(0.5,))
+ADAMW = Optim(
+    "adamw", lr=1e-3, weight_decay=0.01, schedule="cosine"
+)  # soft labels at a temperature give small gradients
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,7 @@ class Training:
     Args:
         steps: Updates.
         labels: `hard`, class numbers; `soft`, the set's own logits; None for soft ones where there are some.
-        optim: The optimizer and its schedule.
+        optim: The optimizer and its schedule; None for `SGD` with hard labels and `ADAMW` with soft ones.
         views: Order, augmentation and mixing. Sets whose labels belong to views of their own (`soft` of `[E, N, C]`) are gone
             through in these, epoch after epoch, again from the first when they are at an end.
         temperature: Of soft labels; None for the set's own, else 1. The loss is not multiplied by its square.
@@ -39,7 +42,7 @@ class Training:
 
     steps: int = 500
     labels: Literal["hard", "soft"] | None = None
-    optim: Optim = SGD
+    optim: Optim | None = None
     views: Views = field(default_factory=Views)
     temperature: float | None = None
 
@@ -52,7 +55,9 @@ class Training:
         labels = self.labels or ("hard" if condensed.soft is None else "soft")
         if labels == "soft" and condensed.soft is None:
             raise UsageError("this set has no soft labels", where="labels", found="soft", expected="hard")
-        found = replace(self, labels=labels, temperature=self.temperature or condensed.info.get("temperature", 1.0))
+        optim = self.optim or (SGD if labels == "hard" else ADAMW)
+        temperature = self.temperature or condensed.info.get("temperature", 1.0)
+        found = replace(self, labels=labels, temperature=temperature, optim=optim)
         if labels == "soft" and condensed.soft is not None and condensed.soft.ndim == 3:
             own = dict(condensed.info["views"])
             found = replace(found, views=Views(**{**own, "operations": tuple(own.get("operations", ()))}))
@@ -88,8 +93,9 @@ def train_on(
     images = condensed().detach().to(device)
     targets = _targets(condensed, how).to(device)
     network.train()
-    optimizer = how.optim.build(network)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: how.optim.factor(step, how.steps))
+    optim = how.optim or SGD
+    optimizer = optim.build(network)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.factor(step, how.steps))
     done = 0
     for epoch in count():
         shown = epoch if epochs is None else epoch % epochs
@@ -105,8 +111,8 @@ def train_on(
             loss = soft_cross_entropy(logits if how.labels == "hard" else logits / t, soft)
             optimizer.zero_grad()
             loss.backward()
-            if how.optim.clip is not None:
-                nn.utils.clip_grad_norm_(network.parameters(), how.optim.clip)
+            if optim.clip is not None:
+                nn.utils.clip_grad_norm_(network.parameters(), optim.clip)
             optimizer.step()
             schedule.step()
             done += 1

@@ -54,7 +54,7 @@ def condense(
     """A set under a method's step: `matching` experts, the given rate of the samples; and the passes."""
     m = Roles(teacher=seeded(seed, network), student=small)
     optim = Optim("sgd", lr=lr, momentum=0.5, lr_multipliers={"step_size": method.step_size_lr / lr})
-    step = partial(method.step, known)
+    step = partial(method.follow, known)
     passes = fit(
         step, m, Segments(matching, method.starts), {"student": optim}, steps=ITERATIONS, batch_size=1, seed=seed
     )

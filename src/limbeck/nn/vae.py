@@ -73,4 +73,4 @@ class TableVAE(nn.Module):
         return torch.stack([F.cross_entropy(found, true) for found, true in pairs]).sum()
 
     def _told(self, group: Tensor) -> Tensor:
-        return F.one_hot(group.long(), self.groups).to(next(self.parameters()).dtype)
+        return F.one_hot(group.long(), self.groups).to(next(self.decoder.parameters()).dtype)

@@ -19,6 +19,7 @@ from limbeck.core.roles import Role, Roles
 from limbeck.data import Data, embedded, load_data
 from limbeck.data.condensed import blank, condensed_size
 from limbeck.data.condensed_graphs import GRAPHS, empty
+from limbeck.data.graphs import motifs
 from limbeck.data.options import DataOptions
 from limbeck.data.sources import Rows
 from limbeck.engine.settings import Engine
@@ -110,18 +111,21 @@ def draft(recipe: Recipe, samples: int | None = None) -> Draft:
     student: Any = None
     if not each:
         student = empty() if recipe.student == GRAPHS else student_of(recipe.student, teacher, classes, _load)[0]
-    taught = None
+    taught, known = None, student or teacher or next(iter(modules.values()), nn.Module())
     if found is not None:
-        read, other = tokenised(Data(**{n: s for n, s in found.items() if n != "test"}), teacher, student or teacher)
+        read, other = tokenised(Data(**{n: s for n, s in found.items() if n != "test"}), teacher, known)
         data, taught = read, None if other is None else other.train
+    elif recipe.student == GRAPHS:
+        data = Data(train=motifs(samples or recipe.engine.batch_size))
+        notes.append(f"the data '{spec}' are not on this machine: drawn graphs stand for them")
     else:
         count = samples or recipe.engine.batch_size
-        data = _shapes(spec, options, teacher or student, count, classes or num_classes(student))
+        data = _shapes(spec, options, teacher or known, count, classes or num_classes(known))
         shown = ", ".join(f"{name} {list(shape)}" for name, (shape, _) in data.train.x.items())
         notes.append(f"the data '{spec}' are not on this machine: samples are taken to be {shown}")
     if each:
         shape = data.train.batch(torch.arange(1), 0).x.shape[1:]
-        student = blank(shape, classes or num_classes(teacher or nn.Module()) or 1, each)
+        student = blank(shape, classes or num_classes(known) or 1, each)
     recipe.method.check_data(data)
     roles = Roles(**{n: Role(n, m, model_preprocess(m)) for n, m in {**modules, "student": student}.items()})
     counted = found is not None or samples is not None

@@ -64,7 +64,7 @@ class AST(Method):
         >>> net = torch.nn.Linear(4, 3)
         >>> m = Roles(teacher=net, student=Condensed(torch.randn(3, 4), torch.arange(3), step_size=0.1))
         >>> experts = Trajectories(None, net, ExpertTraining())
-        >>> AST().step(experts, m, Segments(2, 5).batch(torch.tensor([3]), 0)).role
+        >>> AST().follow(experts, m, Segments(2, 5).batch(torch.tensor([3]), 0)).role
         'student'
     """
 
@@ -129,7 +129,8 @@ class AST(Method):
         """The network's weights are all that it is, and experts are long enough."""
         check_network(m.teacher.module)
         check_following(m, self.following, self.epochs, self.starts)
-        each = m.student.module.info.get("images_per_class", 1)
+        student: Any = m.student.module
+        each = student.info.get("images_per_class", 1)
         fits = self.init != "medoids" or self.variant == "paper" or each >= 10
         check_field(
             "variant", f"code, {each} samples of each class", fits, "10 samples of each class or more, or paper"
@@ -152,10 +153,10 @@ class AST(Method):
         learn = ("x", "step_size") if self.step_size_lr else ("x",)
         begun = Condensed(x, y, step_size=self.step_size, learn=learn, info=old.info)
         yield Convert("student", Become(begun), name="samples to begin with")
-        step = partial(self.step, experts)
+        step = partial(self.follow, experts)
         yield Train(step, roles={"student": None}, frozen=self.frozen, data=Segments(self.experts, self.starts))
 
-    def step(self, experts: Trajectories, m: Roles, batch: Batch) -> Update:
+    def follow(self, experts: Trajectories, m: Roles, batch: Batch) -> Update:
         """One update of the samples and of their step size."""
         student: Any = m.student.module
         size = student.step_size.detach().clone()

@@ -94,7 +94,7 @@ class CVDD(Recovered):
         yield Train(step, roles={"student": None}, frozen=list(m.teachers), data=slots, name="recover")
         yield from self.labelled(m, self.label_parts)
 
-    def step(self, slots: Slots, m: Roles, batch: Batch) -> Iterator[Update]:
+    def step(self, slots: Slots, m: Roles, batch: Batch) -> Iterator[Update]:  # type: ignore[override]
         """One step of the images of all slots, one member of each slot after the other: only one graph is held."""
         small: Any = m.student.module
         roles, priors = list(m.teachers.values()), self.known(len(m.teachers))

@@ -57,14 +57,16 @@ class Watched(DisBack):
 
 def run(nodes: tuple[int, ...], off: float, seed: int, lr: float) -> Trial:
     """Steps until the student is near, from `off` units away."""
-    student, watch = begun(seed, KIND), Watch(seed)
+    student: Any = begun(seed, KIND)
+    watch = Watch(seed)
     student.net.last[1].bias.data -= off  # the network gives the velocity: noise less sample
     m = Roles(teacher=begun(seed, KIND), student=student)
     method = Watched(nodes, SWITCH, times=(0.02, 0.6), watch=watch)
     optim = {"student": Optim("adam", lr=lr), "fake": Optim("adam", lr=FAKE)}
     data = Data(train=Noise((2,), 64 * BATCH, seed=seed))
     passes = fit(method, m, data, optim, steps=STEPS, batch_size=BATCH, seed=seed)
-    return Trial(*map(float, watch.near), {"student": passes["student"]})
+    validation, test = map(float, watch.near)
+    return Trial(validation, test, {"student": passes["student"]})
 
 
 PROOF = Proof(

@@ -176,8 +176,9 @@ def token_embeddings(model: nn.Module) -> nn.Module:
     Raises:
         UsageError: There is none.
     """
+    own: Any = model
     if hasattr(model, "get_input_embeddings"):
-        return model.get_input_embeddings()
+        return own.get_input_embeddings()
     found = next((part for part in model.modules() if isinstance(part, nn.Embedding)), None)
     if found is None:
         raise UsageError(

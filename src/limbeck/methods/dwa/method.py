@@ -109,7 +109,7 @@ class DWA(Recovered):
                 found[when].append(float(F.cross_entropy(called(m.teacher, x, which), y)))
         return found
 
-    def step(self, slots: Slots, adjusted: Adjusted, m: Roles, batch: Batch) -> Update:
+    def step(self, slots: Slots, adjusted: Adjusted, m: Roles, batch: Batch) -> Update:  # type: ignore[override]
         """One step of the images of all slots."""
         small: Any = m.student.module
         losses, errors = [], []

@@ -86,7 +86,8 @@ class FairLatent(Method):
                     "this is no model of a table", where=f"roles.{name}", found=type(m[name].module).__name__,
                     expected="limbeck.nn.vae.TableVAE",
                 )  # fmt: skip
-        teacher, student = m.teacher.module, m.student.module
+        teacher: Any = m.teacher.module
+        student: Any = m.student.module
         shapes = [[p.shape for p in model.decoder.parameters()] for model in (teacher, student)]
         if shapes[0] != shapes[1] or teacher.sizes != student.sizes:
             raise UsageError(
@@ -135,7 +136,8 @@ class FairLatent(Method):
 
     def step(self, m: Roles, batch: Batch) -> Update:
         """One update of the small encoder."""
-        teacher, student = m.teacher.module, m.student.module
+        teacher: Any = m.teacher.module
+        student: Any = m.student.module
         with torch.no_grad():
             mean, logvar = teacher.encode(batch.x, batch.y)
         own, own_logvar = student.encode(batch.x, batch.y)

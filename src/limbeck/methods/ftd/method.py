@@ -58,7 +58,7 @@ class FTD(Method):
         >>> net = torch.nn.Linear(4, 3)
         >>> m = Roles(teacher=net, student=Condensed(torch.randn(3, 4), torch.arange(3), step_size=0.1))
         >>> experts = Trajectories(None, net, ExpertTraining())
-        >>> [update.role for update in [FTD().step(experts, m, Segments(2, 5).batch(torch.tensor([3]), 0))]]
+        >>> [update.role for update in [FTD().follow(experts, m, Segments(2, 5).batch(torch.tensor([3]), 0))]]
         ['student']
     """
 
@@ -119,7 +119,7 @@ class FTD(Method):
         yield Convert("student", Become(self.begun(m)), name="give a step size")
         average = {"student_average": Ema("student", self.ema)} if self.ema else {}
         experts = Trajectories(found.path, whole(m.teacher, m.teacher.module), training)
-        step = partial(self.step, experts)
+        step = partial(self.follow, experts)
         segments = Segments(self.experts, self.starts)
         yield Train(step, roles={"student": None}, frozen=self.frozen, data=segments, ema=average)
         if average:
@@ -131,7 +131,7 @@ class FTD(Method):
         learn = ("x", "step_size") if self.step_size_lr else ("x",)
         return Condensed(old.x, old.y, step_size=self.step_size, learn=learn, info=old.info)
 
-    def step(self, experts: Trajectories, m: Roles, batch: Batch) -> Update:
+    def follow(self, experts: Trajectories, m: Roles, batch: Batch) -> Update:
         """One update of the samples and of their step size."""
         student: Any = m.student.module
         size = student.step_size.detach().clone()

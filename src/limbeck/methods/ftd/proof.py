@@ -43,7 +43,8 @@ def run(method: FTD, matched: bool, seed: int, lr: float) -> Trial:
     else:
         assert small.step_size is not None
         small.step_size.data *= lr / RATES[2]
-    return Trial(*(accumulated(method, known, small, expert) for expert in (4, 5)), passes)
+    validation, test = (accumulated(method, known, small, expert) for expert in (4, 5))
+    return Trial(validation, test, passes)
 
 
 PROOF = Proof(

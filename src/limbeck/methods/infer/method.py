@@ -98,7 +98,7 @@ class INFER(Recovered):
             x, y.repeat(teachers + 1), compensators=zeros, composed=composed, learn=("compensators",), info=info
         )
 
-    def step(self, slots: Slots, m: Roles, batch: Batch) -> Update:
+    def step(self, slots: Slots, m: Roles, batch: Batch) -> Update:  # type: ignore[override]
         """One step of all compensators, each on the images of its slot and the network of its number."""
         small: Any = m.student.module
         roles, losses = list(m.teachers.values()), []

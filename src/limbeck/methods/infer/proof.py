@@ -66,6 +66,7 @@ PROOF = Proof(
         "labels of every view": Arm(partial(run, METHOD, True), "lr", RATES),
         "infer": Arm(partial(run, METHOD, False), "lr", RATES),
     },
+    budget="updates",  # batches are whole sets, which differ in size
     comparisons=[
         Comparison("infer", "sre2l"),
         Comparison("infer", "real images"),

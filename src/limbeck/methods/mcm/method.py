@@ -213,7 +213,7 @@ class MCM(Method):
 
     def seen(self, m: Roles, frames: Tensor) -> list[Tensor]:
         """What the discriminator sees of frames `[N, ...]`, with the way back to them."""
-        own = getattr(m.teacher.module, "features", None)
+        own: Any = getattr(m.teacher.module, "features", None)
         if own is None and "features" not in m:
             return [frames]
         found = m.features.raw(frames) if "features" in m else own(frames)

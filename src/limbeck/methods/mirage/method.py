@@ -30,7 +30,7 @@ class Mirage(Method):
     Args:
         depth: L, layers of the networks that are to be trained; one more for graph convolutions (GCN), whose degrees a tree of
             depth L does not know.
-        threshold: Below 1 a share of the graphs of a class, else their number.
+        threshold: Below 1 a share of the graphs of a class, else their number; one for all classes, or one for each.
         single_trees: Whether trees of one node, of nodes without neighbours, are kept; the authors' code drops them.
         maximal: Whether sets that are part of another one are left out; the paper keeps them.
         shared: Whether sets that are frequent in several classes are kept, as the paper does; some of the authors' scripts drop
@@ -51,7 +51,7 @@ class Mirage(Method):
     reads: ClassVar[tuple[str, ...] | None] = ()
 
     depth: int = 2
-    threshold: float = 0.25
+    threshold: float | tuple[float, ...] = 0.25
     single_trees: bool = True
     maximal: bool = False
     shared: bool = True
@@ -60,8 +60,8 @@ class Mirage(Method):
     def __post_init__(self) -> None:
         for name in ("depth", "limit"):
             check_field(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        whole = self.threshold < 1 or self.threshold == int(self.threshold)
-        check_field("threshold", self.threshold, self.threshold > 0 and whole, "a share below 1, or a whole number")
+        for t in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+            check_field("threshold", t, t > 0 and (t < 1 or t == int(t)), "a share below 1, or a whole number")
 
     def check(self, m: Roles, batch: Batch) -> None:
         """The student takes sets of trees."""
@@ -89,29 +89,42 @@ class Mirage(Method):
         """The frequent sets of each class.
 
         Raises:
-            UsageError: A class has no frequent set, or too many.
+            UsageError: A class has no frequent set, none of its own, or too many.
         """
         trees = Trees()
         seen = transactions(source.graphs, self.depth, trees)
         if not self.single_trees:
             seen = [frozenset(c for c in items if trees.keys[c][2]) for items in seen]
-        assert source.labels is not None
         labels, found = source.labels.tolist(), {}
-        for c in sorted(set(labels)):
+        for c, threshold in self._thresholds(sorted(set(labels))).items():
             mine = [items for items, label in zip(seen, labels, strict=True) if label == c]
-            least = max(1, round(self.threshold * len(mine))) if self.threshold < 1 else int(self.threshold)
+            least = max(1, round(threshold * len(mine))) if threshold < 1 else int(threshold)
             found[c] = frequent_sets(mine, least, self.limit, self.maximal)
             if not found[c]:
                 raise UsageError(
                     "a class has no frequent set", where="method.threshold", 
-                    found=f"{self.threshold} ({least} graphs of class {c})",
+                    found=f"{threshold} ({least} graphs of class {c})",
                     expected=f"at most {_most(mine)} graphs", fix="lower the threshold",
                 )  # fmt: skip
         if not self.shared:
             held = [{s.items for s in sets} for sets in found.values()]
             found = {c: [s for s in sets if sum(s.items in h for h in held) == 1] for c, sets in found.items()}
+            if bare := [c for c, sets in found.items() if not sets]:
+                raise UsageError(
+                    "a class has no frequent set of its own", where="method.shared", found=f"class {bare[0]}",
+                    fix="lower the threshold, or keep shared sets",
+                )  # fmt: skip
         info = {"depth": self.depth, "threshold": self.threshold, "graphs": len(source)}
         return CondensedGraphs.of(found, trees, info)
+
+    def _thresholds(self, classes: list[int]) -> dict[int, float]:
+        given = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * len(classes)
+        if len(given) != len(classes):
+            raise UsageError(
+                "thresholds and classes differ in number", where="method.threshold", found=f"{len(given)} thresholds",
+                expected=f"{len(classes)}, or one for all",
+            )  # fmt: skip
+        return dict(zip(classes, given, strict=True))
 
     def _mine(self, source: Graphs, m: Roles, folder: Path) -> dict[str, Any]:
         small = self.condense(source)

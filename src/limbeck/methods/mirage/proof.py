@@ -3,6 +3,7 @@
 from functools import lru_cache, partial
 
 import torch
+from torch import Tensor
 
 from limbeck.core.optim import Optim
 from limbeck.data.condensed_graphs import CondensedGraphs, train_on_sets
@@ -15,17 +16,23 @@ from limbeck.nn.gnn import GNN, Kind
 from limbeck.prove import Arm, Comparison, Proof, Trial, seeded
 
 KINDS: tuple[Kind, ...] = ("gin", "sage", "gat")
-STEPS, RATES, METHOD = 100, (0.003, 0.01, 0.03), Mirage(depth=2, threshold=0.25)
+STEPS, RATES, SHARE = 100, (0.003, 0.01, 0.03), 0.25
+METHOD = Mirage(depth=2, threshold=SHARE)
 
 
 @lru_cache(maxsize=2)
 def splits(seed: int) -> tuple[Graphs, Graphs, Graphs]:
     """300 graphs to condense, 100 to choose by, 200 to report."""
-    whole = motifs(600, seed=seed).graphs, motifs(600, seed=seed).labels
-    parts = []
-    for low, high in ((0, 300), (300, 400), (400, 600)):
-        parts.append(Graphs(whole[0][low:high], whole[1][low:high]))
-    return parts[0], parts[1], parts[2]
+    whole = motifs(600, seed=seed)
+    a, b, c = ((0, 300), (300, 400), (400, 600))
+    one, two, three = (Graphs(whole.graphs[low:high], labels(whole)[low:high]) for low, high in (a, b, c))
+    return one, two, three
+
+
+def labels(source: Graphs) -> Tensor:
+    """The classes of graphs, which all have one."""
+    assert source.labels is not None
+    return source.labels
 
 
 @lru_cache(maxsize=2)
@@ -38,11 +45,11 @@ def few(seed: int) -> Graphs:
     """Whole graphs, class by class in turn, with as many nodes together as the method's trees."""
     source, budget = splits(seed)[0], len(mined(seed).nodes)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed)).tolist()
-    rows = [next(i for i in order if source.labels[i] == c) for c in (0, 1)]
+    rows = [next(i for i in order if labels(source)[i] == c) for c in (0, 1)]
     for i in order:
         if i not in rows and sum(len(source.graphs[k].nodes) for k in (*rows, i)) <= budget:
             rows.append(i)
-    return Graphs([source.graphs[i] for i in rows], source.labels[rows])
+    return Graphs([source.graphs[i] for i in rows], labels(source)[rows])
 
 
 def other_sets(seed: int, how: str) -> CondensedGraphs:
@@ -52,20 +59,20 @@ def other_sets(seed: int, how: str) -> CondensedGraphs:
     found: dict[int, list[Frequent]] = {0: [], 1: []}
     if how == "single":
         for c in found:
-            mine = [s for s, label in zip(seen, source.labels.tolist(), strict=True) if label == c]
+            mine = [s for s, label in zip(seen, labels(source).tolist(), strict=True) if label == c]
             counts: dict[int, int] = {}
             for items in mine:
                 for item in items:
                     counts[item] = counts.get(item, 0) + 1
-            least = round(METHOD.threshold * len(mine))
+            least = round(SHARE * len(mine))
             found[c] = [Frequent((i,), n) for i, n in counts.items() if n >= least]
         return CondensedGraphs.of(found, trees, {"depth": METHOD.depth})
     sizes = (own.set_ends[1:] - own.set_ends[:-1]).tolist()
     for c, size in zip(own.labels.tolist(), sizes, strict=True):
-        mine = [s for s, label in zip(seen, source.labels.tolist(), strict=True) if label == c]
-        items = sorted(mine[int(torch.randint(len(mine), (), generator=g))])
-        chosen = torch.randperm(len(items), generator=g)[:size].tolist()
-        found[c].append(Frequent(tuple(items[k] for k in chosen), 1))
+        mine = [s for s, label in zip(seen, labels(source).tolist(), strict=True) if label == c]
+        drawn = sorted(mine[int(torch.randint(len(mine), (), generator=g))])
+        chosen = torch.randperm(len(drawn), generator=g)[:size].tolist()
+        found[c].append(Frequent(tuple(drawn[k] for k in chosen), 1))
     return CondensedGraphs.of(found, trees, {"depth": METHOD.depth})
 
 

@@ -31,8 +31,8 @@ def run(students: int, batch: int, match: int, seed: int, lr: float) -> Trial:
     rates = {"student": lr, "fake": FAKE}
     passes.append(distil(MSD(students).step, m, data, rates, MATCH + STEPS - match, batch, seed)["student"])
     total = Passes(*(sum(getattr(p, f) for p in passes) for f in ("forward", "backward", "examples")))
-    ends = (distance(m.student, KIND, first + seed, 500) for first in (2000, 3000))
-    return Trial(*ends, {"student": total})
+    validation, test = (distance(m.student, KIND, first + seed, 500) for first in (2000, 3000))
+    return Trial(validation, test, {"student": total})
 
 
 PROOF = Proof(

@@ -163,7 +163,7 @@ class PhasedDMD(Method):
         how += [ToExperts(bounds), ToSampler(phases[-1].times, "ddim")]
         return [Convert("student", each, name=f"{self.phases} experts, {self.steps} steps") for each in how]
 
-    def step(self, m: Roles, batch: Batch, phase: Phase) -> Iterator[Update]:
+    def step(self, m: Roles, batch: Batch, phase: Phase) -> Iterator[Update]:  # type: ignore[override]
         """One update of what follows the student, and in one of `fake_steps` steps one of the phase's expert."""
         draws, condition, schedule = Draws(m, batch), batch.get("y"), schedule_of(m.teacher)
         with torch.no_grad():

@@ -1,0 +1,78 @@
+"""Pipelines of diffusers: loaded by `from_pretrained`, they sample what the student samples."""
+
+import pytest
+import torch
+
+from limbeck.core.errors import UsageError
+from limbeck.diffusion import Denoiser, Sampler, Table
+
+diffusers = pytest.importorskip("diffusers")
+
+
+def pieces():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    small = {"block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, cross_attention_dim=16, attention_head_dim=4, **small, **blocks
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=vae, unet=unet, scheduler=diffusers.DDIMScheduler(**betas), text_encoder=None, tokenizer=None,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    student = Denoiser(unet, Table.scaled_linear(), "epsilon", time_scale=999, keyword="encoder_hidden_states")
+    return pipeline, student.eval()
+
+
+def sampled(path, z, prompts, steps):
+    absent = ("tokenizer", "text_encoder", "image_encoder", "safety_checker", "feature_extractor")
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(path, **dict.fromkeys(absent))
+    loaded.set_progress_bar_config(disable=True)
+    return loaded(
+        prompt_embeds=prompts, latents=z, num_inference_steps=steps, guidance_scale=1.0, output_type="latent",
+        generator=torch.Generator().manual_seed(1),
+    ).images  # fmt: skip
+
+
+def test_one_step_is_the_students(tmp_path):
+    pipeline, student = pieces()
+    from limbeck.export.pipeline import to_pipeline
+
+    z, prompts = torch.randn(2, 4, 8, 8), torch.randn(2, 5, 16)
+    to_pipeline(student, pipeline, tmp_path)
+    with torch.no_grad():
+        # diffusers starts from the noise itself, the student from sigma of the last time.
+        start = z / student.schedule.sigma(torch.ones(1))
+        expected = student(start, condition=prompts)
+    torch.testing.assert_close(sampled(tmp_path, z, prompts, 1), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_several_steps_are_those_of_the_student(tmp_path):
+    pipeline, student = pieces()
+    from limbeck.export.pipeline import to_pipeline
+
+    times = (1.0, 0.5)
+    to_pipeline(Sampler(student, times), pipeline, tmp_path)
+    z, prompts = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    found = sampled(tmp_path, z, prompts, 2)
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        first = student(z / student.schedule.sigma(torch.ones(1)), condition=prompts)
+        t = torch.tensor([499 / 999])
+        second = student(student.schedule.add_noise(first, noise, t), t, prompts)
+    torch.testing.assert_close(found, second, rtol=1e-2, atol=1e-2)
+
+
+def test_what_does_not_fit(tmp_path):
+    from limbeck.export.pipeline import to_pipeline
+
+    pipeline, student = pieces()
+    with pytest.raises(UsageError, match="no network of the pipeline's kind"):
+        to_pipeline(torch.nn.Linear(2, 2), pipeline, tmp_path)
+    with pytest.raises(UsageError, match="no scheduler for these steps"):
+        to_pipeline(Sampler(student, (0.625, 0.3)), pipeline, tmp_path)
+    with pytest.raises(UsageError, match="no scheduler for these steps"):
+        to_pipeline(Sampler(student, (1.0, 0.5), "ddim"), pipeline, tmp_path)
+    assert not list(tmp_path.iterdir())
