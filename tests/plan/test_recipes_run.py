@@ -526,6 +526,8 @@ def test_the_recipe_of_fair_rows_takes_a_real_step(tmp_path: Path) -> None:
     assert set(made["income"]) <= {"<=50K", ">50K"}
     assert len(made["sex"]) == len(job.data.train)
     assert "demographic_parity_ratio" in json.dumps(result.metrics)
+
+
 def test_the_recipe_of_several_students_takes_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     pytest.importorskip("torchvision")
