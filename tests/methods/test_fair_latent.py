@@ -301,11 +301,13 @@ def test_tables_become_rows_of_categories_and_tables_again():
     assert columns.codes({name: [1e9] if name != "y" else [0] for name in columns.names})[0].tolist() == [3] * 7 + [0]
 
 
-def test_equal_numbers_are_in_one_bin():
-    table = {"a": [0.0] * 50 + [float(v) for v in range(50)], "s": [0, 1] * 50, "y": [0, 0, 1, 1] * 25}
+def test_equal_numbers_are_in_one_bin_and_no_bin_is_empty():
+    some = [float(v) for v in range(50)]
+    table = {"a": [0.0] * 50 + some, "b": some + [99.0] * 50, "s": [0, 1] * 50, "y": [0, 0, 1, 1] * 25}
     columns = Columns.of(table, "s", "y")
-    assert all(torch.bincount(columns.codes(table)[:, 0], minlength=columns.sizes[0]) > 0)
-    assert columns.sizes[0] < 4
+    for k in (0, 1):
+        assert 1 < columns.sizes[k] < 4
+        assert all(torch.bincount(columns.codes(table)[:, k], minlength=columns.sizes[k]) > 0)
 
 
 def test_the_last_part_of_bins_is_not_looked_at():
