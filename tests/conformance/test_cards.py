@@ -65,7 +65,10 @@ def test_quoted_numbers_are_those_of_the_proof(card):
 
 @cards
 def test_the_commands_run(card, tmp_path, monkeypatch, capsys):
-    """The Python blocks first, since they write what the commands read; a block that begins with a file's name is that file."""
+    """Python blocks that write what the commands read, the commands, and blocks that load what these wrote.
+
+    A block that begins with a file's name is that file.
+    """
     monkeypatch.chdir(tmp_path)
     module = ModuleType("card")
     monkeypatch.setitem(sys.modules, "card", module)
@@ -81,3 +84,7 @@ def test_the_commands_run(card, tmp_path, monkeypatch, capsys):
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["method"]["name"] == card.name
     assert (tmp_path / "run" / "report.html").exists()
     assert (tmp_path / "run" / "student").is_dir()
+    python = blocks(card, "python")
+    for block in python:
+        if 'load("run")' in block:
+            exec("".join(python[: python.index(block) + 1]), vars(module))

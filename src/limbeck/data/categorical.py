@@ -21,10 +21,10 @@ from limbeck.data.tables import plain_table, read_delimited
 
 @dataclass(frozen=True)
 class Columns:
-    """How the columns of a table become categories, and back; the target is the last one.
+    """How the columns of a table become categories, and back: numbers of many values by quantiles, all others by value.
 
     Args:
-        names: Of the columns, without the protected one.
+        names: Of the columns without the protected one, the target last.
         values: The categories of each, in order; of numbers in bins one number for each bin.
         ends: Of numbers in bins the upper ends of all but the last; None for other columns.
         protected: The name of the protected attribute.

@@ -157,3 +157,20 @@ def check_follower(m: Roles) -> None:
             "a copy of this teacher cannot learn", where="roles.fake", found=type(m.teacher.module).__name__,
             fix="give a role fake: a denoiser of the same schedule",
         )  # fmt: skip
+
+
+def check_samples(samples: Tensor, noise: Tensor) -> None:
+    """What a student makes has the shape of the noise that it is given.
+
+    Args:
+        samples: The student's.
+        noise: `batch.x`.
+
+    Raises:
+        UsageError: The shapes differ.
+    """
+    if samples.shape != noise.shape:
+        raise UsageError(
+            "the student makes other samples than noise is given", where="roles.student", found=list(samples.shape),
+            expected=list(noise.shape),
+        )  # fmt: skip

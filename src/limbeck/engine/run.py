@@ -198,8 +198,11 @@ class Run:
 
     def _collect(self, stage: Collect) -> Artefact:
         if self.out is None:
-            folder = Path(tempfile.mkdtemp(prefix="limbeck-"))
-            atexit.register(shutil.rmtree, folder, ignore_errors=True)
+            own = None
+            if self.runtime.rank == 0:
+                own = tempfile.mkdtemp(prefix="limbeck-")
+                atexit.register(shutil.rmtree, own, ignore_errors=True)
+            folder = Path(self.runtime.gather(own)[0])  # one for all processes
         else:
             folder = self.out / "artefacts" / f"{self.index:02d}-{stage.name}"
         folder.mkdir(parents=True, exist_ok=True)

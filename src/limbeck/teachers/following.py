@@ -15,7 +15,7 @@ from limbeck.core.errors import UsageError
 from limbeck.core.roles import Roles
 from limbeck.data.augment import augment
 from limbeck.data.condensed import Condensed
-from limbeck.data.ids import mix
+from limbeck.data.ids import mix, numbers
 from limbeck.diffusion.draws import Draws
 from limbeck.evaluate.condensation import whole
 from limbeck.losses.trajectory import trajectory_matching
@@ -74,7 +74,7 @@ class Following:
         )
         losses = []
         keys = Draws(m, batch).keys("inner").cpu()
-        for expert, epoch, key in zip(_numbers(batch.expert), _numbers(batch.start), keys.split(1), strict=True):
+        for expert, epoch, key in zip(numbers(batch.expert), numbers(batch.start), keys.split(1), strict=True):
             start = begin(experts(expert, epoch), key)
             inner = self.inner(network, condensed.y, key, scale(epoch))
             ends = unroll(inner, start, images, size, self.student_steps, self.momentum, self.form, marks)
@@ -88,7 +88,7 @@ class Following:
         self, network: nn.Module, y: Tensor, key: Tensor, scale: float = 1.0
     ) -> Callable[[Tensor, int, Tensor], Tensor]:
         """The student's loss at step i, a function of weights `[P]`, i and the samples; draws follow from `key` `[1]`."""
-        rows = self._rows(len(y), _numbers(key)[0])
+        rows = self._rows(len(y), numbers(key)[0])
 
         def loss(w: Tensor, i: int, images: Tensor) -> Tensor:
             x = augment(images[rows[i]], mix(key + i), self.operations)
@@ -105,10 +105,6 @@ class Following:
             order = torch.arange(count) if size == count else torch.from_numpy(rng.permutation(count))
             rows += list(order.split(size))
         return rows[: self.student_steps]
-
-
-def _numbers(t: Tensor) -> list[int]:
-    return t.tolist() if type(t) is Tensor else [0] * len(t)  # fake tensors have no values
 
 
 def check_following(m: Roles, following: Following, epochs: int, starts: int) -> None:

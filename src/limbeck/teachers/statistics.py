@@ -28,8 +28,8 @@ def batch_norms(module: nn.Module, where: str = "teacher") -> list[nn.Module]:
         UsageError: There are none.
 
     Example:
-        >>> batch_norms(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))
-        [BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)]
+        >>> [type(part).__name__ for part in batch_norms(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)))]
+        ['BatchNorm1d']
     """
     layers: list[nn.Module] = [
         part for part in module.modules() if isinstance(part, _BatchNorm) and part.running_mean is not None

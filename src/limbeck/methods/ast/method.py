@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,23 +13,21 @@ import torch
 from torch import Tensor
 
 from limbeck.core.batch import Batch
-from limbeck.core.method import Method
-from limbeck.core.optim import Optim
 from limbeck.core.roles import Roles
 from limbeck.core.stages import Collect, Convert, Stage, Train
 from limbeck.core.update import Update
-from limbeck.data.condensed import Become, Condensed
+from limbeck.data.condensed import Become
 from limbeck.data.coresets import medoids
 from limbeck.data.ids import mix, normals
-from limbeck.evaluate.condensation import whole
 from limbeck.methods.checks import check_field
-from limbeck.optim.unroll import Form, call_flat
-from limbeck.teachers.following import Following, check_following
-from limbeck.teachers.trajectories import ExpertTraining, Segments, Trajectories, check_network, smoothed, train_experts
+from limbeck.methods.trajectory_matching import TrajectoryMatching
+from limbeck.optim.unroll import call_flat
+from limbeck.teachers.following import Following
+from limbeck.teachers.trajectories import ExpertTraining, Segments, Trajectories, smoothed
 
 
 @dataclass(frozen=True)
-class AST(Method):
+class AST(TrajectoryMatching):
     """Alignment with smooth and high-quality expert trajectories (Shen, Yang and Lam 2023).
 
     Experts have momentum and decay, and a loss that is damped at first and keeps input gradients near 1, so that their weights
@@ -37,18 +35,9 @@ class AST(Method):
     is held to the expert after each of its epochs. The formulas are those of the authors' code; the paper could not be read.
 
     Args:
-        experts: Number of experts.
-        epochs: Of the experts.
-        expert_lr: Their learning rate.
-        expert_batch_size: Samples of their steps.
         penalty: `lambda` of the experts' gradient penalty, 2 in the code; 0 for none.
         norm: What it is of: `pixel` as in the code, or `sample`, which is meant (inferred); they differ by the root of the
             number of pixels.
-        student_steps: N.
-        expert_epochs: M.
-        starts: Segments start at epochs 0 to `starts - 1`.
-        batch_size: Condensed samples of a step; None for all of them.
-        operations: Augmentations, `("color", "shift", "cutout", "flip", "scale", "rotate")` for DSA.
         momentum: Of the student.
         perturbation: `a`: convolution weights start at `W + a (d / ||d||) W`, d normal; 0 for none.
         balanced: Whether the student's loss is scaled by `balance`.
@@ -56,11 +45,9 @@ class AST(Method):
         init: Samples to begin with: `medoids`, nearest to the centres of an expert's logits, or `real`, as they are given.
         variant: Of the medoids: `paper`, as many centres as samples (inferred), or `code`, 10 centres and a tenth of the samples
             at each.
-        step_size: At first.
-        step_size_lr: Its own learning rate; 0 keeps it.
-        form: `constant` or `full`, the same gradient.
 
     Example:
+        >>> from limbeck.data.condensed import Condensed
         >>> net = torch.nn.Linear(4, 3)
         >>> m = Roles(teacher=net, student=Condensed(torch.randn(3, 4), torch.arange(3), step_size=0.1))
         >>> experts = Trajectories(None, net, ExpertTraining())
@@ -68,53 +55,33 @@ class AST(Method):
         'student'
     """
 
-    logits: ClassVar[tuple[str, ...]] = ("teacher",)
-    reads: ClassVar[tuple[str, ...] | None] = ("teacher",)
+    forms: ClassVar[tuple[str, ...]] = ("constant", "full")
 
-    experts: int = 20
-    epochs: int = 20
     expert_lr: float = 0.003
-    expert_batch_size: int = 256
     penalty: float = 2.0
     norm: Literal["sample", "pixel"] = "pixel"
-    student_steps: int = 20
-    expert_epochs: int = 2
-    starts: int = 10
-    batch_size: int | None = None
-    operations: tuple[str, ...] = ()
     momentum: float = 0.9
     perturbation: float = 1.0
     balanced: bool = True
     intermediate: Literal["adaptive", "agg", "none"] = "adaptive"
     init: Literal["medoids", "real"] = "medoids"
     variant: Literal["paper", "code"] = "paper"
-    step_size: float = 0.01
-    step_size_lr: float = 1e-5
-    form: Form = "constant"
 
     def __post_init__(self) -> None:
-        for name in ("experts", "epochs", "student_steps", "expert_epochs", "starts"):
-            check_field(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in ("penalty", "perturbation", "step_size_lr"):
+        super().__post_init__()
+        for name in ("penalty", "perturbation"):
             check_field(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        check_field("step_size", self.step_size, self.step_size > 0, "above 0")
         check_field("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
-        check_field("form", self.form, self.form in ("full", "constant"), "full | constant")
 
     @property
     def expert_training(self) -> ExpertTraining:
         """How experts are trained."""
-        plain = ExpertTraining(
-            self.experts, self.epochs, self.expert_lr, batch_size=self.expert_batch_size, operations=self.operations,
-            norm=self.norm,
-        )  # fmt: skip
-        return smoothed(plain, self.penalty)
+        return smoothed(replace(super().expert_training, norm=self.norm), self.penalty)
 
     @property
     def following(self) -> Following:
         """How the student follows them."""
-        steps, epochs = self.student_steps, self.expert_epochs
-        return Following(steps, epochs, self.batch_size, self.operations, self.momentum, self.form)
+        return replace(super().following, momentum=self.momentum)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -127,8 +94,7 @@ class AST(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """The network's weights are all that it is, and experts are long enough."""
-        check_network(m.teacher.module)
-        check_following(m, self.following, self.epochs, self.starts)
+        super().check(m, batch)
         student: Any = m.student.module
         each = student.info.get("images_per_class", 1)
         fits = self.init != "medoids" or self.variant == "paper" or each >= 10
@@ -138,20 +104,14 @@ class AST(Method):
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """Experts, samples to begin with, then the samples."""
-        training = replace(self.expert_training, seed=m.seed)
-        network = whole(m.teacher, m.teacher.module)
-        found = yield Collect("experts", lambda m, folder: train_experts(network, data.train, folder, training))
-        experts = Trajectories(found.path, whole(m.teacher, m.teacher.module), training)
-        old: Any = m.student.module
-        x, y = old.x, old.y
+        experts = yield from self.trained(m, data)
+        begun = self.begun(m)
         if self.init == "medoids":
-            each = old.info.get("images_per_class", 1)
+            each = begun.info.get("images_per_class", 1)
             chosen = yield Collect("medoids", partial(self._medoids, experts, data.train, each), example=None)
             if chosen.value is not None:
                 batch = data.train.batch(torch.tensor(chosen.value), 0)
-                x, y = batch.x, batch.y
-        learn = ("x", "step_size") if self.step_size_lr else ("x",)
-        begun = Condensed(x, y, step_size=self.step_size, learn=learn, info=old.info)
+                begun = self.begun(m, batch.x, batch.y)
         yield Convert("student", Become(begun), name="samples to begin with")
         step = partial(self.follow, experts)
         yield Train(step, roles={"student": None}, frozen=self.frozen, data=Segments(self.experts, self.starts))
@@ -164,16 +124,6 @@ class AST(Method):
         begin = partial(perturb, shapes=[p.shape for p in m.teacher.parameters()], size=self.perturbation)
         loss = self.following.loss(m, experts, batch, scale=scale, begin=begin, weights=self.weights)
         return Update("student", loss, logs={"step_size": size})
-
-    def optimizer(self, m: Roles, role: str, optim: Optim) -> torch.optim.Optimizer:
-        """The step size has a rate of its own."""
-        own: Mapping[str, float] = {"step_size": self.step_size_lr / optim.lr, **optim.lr_multipliers}
-        return replace(optim, lr_multipliers=own).build(m[role].module)
-
-    def after_update(self, m: Roles, role: str) -> None:
-        """A step size stays above 0."""
-        student: Any = m.student.module
-        student.step_size.data.clamp_(min=1e-6)
 
     def _medoids(self, experts: Trajectories, source: Any, each: int, m: Roles, folder: Path) -> list[int]:
         """Rows of samples near the centres of the first expert's last logits."""

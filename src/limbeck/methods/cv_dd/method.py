@@ -44,6 +44,9 @@ class CVDD(Recovered):
         classes_at_once: Classes of a slot at most; None for all.
 
     Example:
+        >>> import torch
+        >>> from limbeck import Roles
+        >>> from limbeck.data.condensed import Condensed
         >>> nets = {f"teacher_{i}": torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)) for i in range(3)}
         >>> m = Roles(**nets, student=Condensed(torch.rand(4, 4), torch.tensor([0, 0, 1, 1])))
         >>> slots = slots_of(m.student.module)

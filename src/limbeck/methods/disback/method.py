@@ -20,7 +20,14 @@ from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.matching import follower_weight, matching_updates
-from limbeck.diffusion.scores import Gradient, check_denoisers, check_follower, denoising_loss, schedule_of
+from limbeck.diffusion.scores import (
+    Gradient,
+    check_denoisers,
+    check_follower,
+    check_samples,
+    denoising_loss,
+    schedule_of,
+)
 from limbeck.methods.checks import check_field
 
 
@@ -92,12 +99,7 @@ class DisBack(Method):
         check_denoisers(m, "teacher", "student", "fake")
         check_follower(m)
         with torch.no_grad():
-            found = self.generate(m, batch).shape
-        if found != batch.x.shape:
-            raise UsageError(
-                "the student makes other samples than noise is given", where="roles.student", found=list(found),
-                expected=list(batch.x.shape),
-            )  # fmt: skip
+            check_samples(self.generate(m, batch), batch.x)
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """To the student's distribution, with copies on the way, and back."""

@@ -48,6 +48,8 @@ class DWA(Recovered):
             number go on from each other's weights, as in the authors' ImageNet program, which never puts the network back.
 
     Example:
+        >>> from limbeck import Roles
+        >>> from limbeck.data.condensed import Condensed
         >>> net = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
         >>> m = Roles(teacher=net.eval(), student=Condensed(torch.rand(4, 4), torch.tensor([0, 0, 1, 1])))
         >>> slots = slots_of(m.student.module)

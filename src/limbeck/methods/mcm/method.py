@@ -176,7 +176,7 @@ class MCM(Method):
             goal = m.head_average(target) if learns else motion_of(target, self.motion, self.frames)
         found = m.head(made) if learns else motion_of(made, self.motion, self.frames)
         loss = pseudo_huber(found, goal, self.huber)
-        logs = {"motion": loss.detach(), "spread": found.detach().std()}
+        logs = {"motion": loss.detach(), "magnitude": found.detach().square().mean()}
         if self.adversarial_weight:
             shown = frames_at(made, self.places(draws, made), self.frames)
             fooled = generator_loss(m.discriminator(*self.seen(m, shown)), "wgan")
@@ -230,7 +230,7 @@ class MCM(Method):
         share = draws.uniform("between").to(fake).repeat_interleave(self.images).view(-1, *(1,) * (fake.ndim - 1))
         with torch.no_grad():
             between = self.seen(m, torch.lerp(fake, real.repeat_interleave(times, 0), share))
-        between = [f.detach().requires_grad_() for f in between]
+        between = [f.detach().requires_grad_().clone() for f in between]  # no leaves, which a plan's hooks cannot count
         scores = m.discriminator(*between)
         return loss + self.penalty * torch.stack([gradient_penalty(scores, f) for f in between]).sum()
 

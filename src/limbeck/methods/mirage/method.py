@@ -40,7 +40,7 @@ class Mirage(Method):
     Example:
         >>> from limbeck.data.graphs import motifs
         >>> data = motifs(40)
-        >>> small = Mirage(depth=1, threshold=0.5).condense(data)
+        >>> small = Mirage(depth=1, threshold=0.9).condense(data)
         >>> sum(small.bytes().values()) < 1000, small.labels.unique().tolist()
         (True, [0, 1])
     """

@@ -14,7 +14,6 @@ from limbeck.convert.lora import AddLora, MergeLora
 from limbeck.convert.slicing import Slice
 from limbeck.convert.steps import Focus, ToExperts, ToSampler
 from limbeck.core.batch import Batch
-from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
 from limbeck.core.roles import Roles
 from limbeck.core.stages import Convert, Stage, Train
@@ -23,7 +22,7 @@ from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.intervals import Target, add_more_noise, interval_gradient, interval_loss
 from limbeck.diffusion.objectives import dmd_gradient, per_sample, surrogate
 from limbeck.diffusion.schedule import Schedule, shifted
-from limbeck.diffusion.scores import check_denoisers, check_follower, predicted, schedule_of
+from limbeck.diffusion.scores import check_denoisers, check_follower, check_samples, predicted, schedule_of
 from limbeck.methods.checks import check_field
 
 
@@ -117,12 +116,7 @@ class PhasedDMD(Method):
         check_denoisers(m, "teacher", "student", "fake")
         check_follower(m)
         with torch.no_grad():
-            found = m.student(batch.x, condition=batch.get("y")).shape
-        if found != batch.x.shape:
-            raise UsageError(
-                "the student makes other samples than noise is given", where="roles.student", found=list(found),
-                expected=list(batch.x.shape),
-            )  # fmt: skip
+            check_samples(m.student(batch.x, condition=batch.get("y")), batch.x)
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """Experts out of the student, then each phase: `fake` from the start, and one expert that learns."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from limbeck.convert.slicing import Slice
 from limbeck.convert.steps import ToSampler
 from limbeck.core.batch import Batch
-from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
 from limbeck.core.optim import Ema
 from limbeck.core.roles import Roles
@@ -23,7 +22,15 @@ from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.matching import bounded, check_discriminator, discriminator_scores, telling
 from limbeck.diffusion.objectives import per_sample, sid_loss
 from limbeck.diffusion.sampling import Noise, few_step
-from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss, noisy, predicted, schedule_of
+from limbeck.diffusion.scores import (
+    check_denoisers,
+    check_follower,
+    check_samples,
+    denoising_loss,
+    noisy,
+    predicted,
+    schedule_of,
+)
 from limbeck.methods.checks import check_field
 
 
@@ -102,12 +109,7 @@ class SiD(Method):
         check_denoisers(m, "teacher", "student", "fake")
         check_follower(m)
         with torch.no_grad():
-            found = m.student(batch.x, condition=batch.get("y")).shape
-        if found != batch.x.shape:
-            raise UsageError(
-                "the student makes other samples than noise is given", where="roles.student", found=list(found),
-                expected=list(batch.x.shape),
-            )  # fmt: skip
+            check_samples(m.student(batch.x, condition=batch.get("y")), batch.x)
         if self.gan_weight:
             told = bool(self.discriminator)
             check_field("discriminator", self.discriminator, told, "the path of a part of fake, for gan_weight above 0")

@@ -20,7 +20,7 @@ from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.objectives import Elements, per_sample, surrogate
 from limbeck.diffusion.score_gap import alpha_weight, drawn_scale, score_gap
-from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss
+from limbeck.diffusion.scores import check_denoisers, check_follower, check_samples, denoising_loss
 from limbeck.methods.checks import check_field
 from limbeck.nn.nasa import away
 
@@ -91,12 +91,7 @@ class SNOOPI(Method):
                 expected="in the form of batch.y", fix="Noise(..., conditions=prompts, negatives=negative_prompts)",
             )  # fmt: skip
         with torch.no_grad():
-            found = self.generate(m, batch).shape
-        if found != batch.x.shape:
-            raise UsageError(
-                "the student makes other samples than noise is given", where="roles.student", found=list(found),
-                expected=list(batch.x.shape),
-            )  # fmt: skip
+            check_samples(self.generate(m, batch), batch.x)
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """A copy of the teacher that follows the student, then both in turns."""
