@@ -21,6 +21,7 @@ from limbeck.nn.vae import ImageVAE, TableVAE
 
 _AT_ONCE = 1024  # samples that are encoded or decoded together
 _COMPARED = 2000  # samples of which all pairs are compared
+_JUDGED = 10_000  # held-out samples that are looked at
 
 
 def demographic_parity_ratio(predicted: Tensor, groups: Tensor) -> float:
@@ -194,7 +195,7 @@ class Fairness:
     def judge(self, m: Roles, role: str) -> dict[str, float]:
         """The numbers of any role."""
         model: Any = m[role].module
-        order = mix(self.source.ids).argsort()  # halves at random, the same for all models
+        order = mix(self.source.ids).argsort()[:_JUDGED]  # halves at random, the same for all models
         half = len(order) // 2
         kept = self.source.batch(order[half:], 0)
         with evaluating(model):
