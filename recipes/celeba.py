@@ -40,7 +40,7 @@ def data() -> Data:
     """The data set's own three parts."""
     if not (FOLDER / "celeba").is_dir():
         warnings.warn(f"{FOLDER}/celeba is not there: drawn images are taken", stacklevel=2)
-        return Data(**{name: _drawn(k) for k, name in enumerate(("train", "validation", "test"))})
+        return Data(train=_drawn(512, 0), validation=_drawn(64, 1), test=_drawn(64, 2))
     parts = {"train": Faces("train"), "validation": Faces("valid"), "test": Faces("test")}
     sources = {k: DatasetSource(f, views=1, ids=text_ids(f.faces.filename)) for k, f in parts.items()}
     return Data(**sources)
@@ -56,8 +56,8 @@ def student() -> nn.Module:
     return ImageVAE((3, SIZE, SIZE), latent=32, channels=(16, 16, 32, 32), hidden=64)
 
 
-def _drawn(seed: int) -> TensorSource:
+def _drawn(count: int, seed: int) -> TensorSource:
     g = torch.Generator().manual_seed(seed)
-    target, group = torch.randint(2, (2, 64), generator=g)
-    image = torch.rand(64, 3, SIZE, SIZE, generator=g)
-    return TensorSource({"image": image, "target": target}, group, torch.arange(64) + 64 * seed)
+    target, group = torch.randint(2, (2, count), generator=g)
+    image = torch.rand(count, 3, SIZE, SIZE, generator=g)
+    return TensorSource({"image": image, "target": target}, group, torch.arange(count) + 1000 * seed)
