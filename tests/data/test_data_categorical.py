@@ -39,6 +39,10 @@ def test_the_last_part_of_bins_is_not_looked_at():
     table["merit_0"] = [v if i < 200 else 100 * v for i, v in enumerate(table["merit_0"])]
     assert max(Columns.of(table, "group", "y", rows=range(200)).ends[0]) < 2
     data = table_data(table, "group", "y")
+    for part in (data.validation, data.test):
+        for row in part.ids.tolist():
+            table["noise_0"][row] += 1000
+    assert max(table_data(table, "group", "y").train.columns.ends[data.train.columns.names.index("noise_0")]) < 100
     assert sum(len(part) for _, part in data.items()) == 400
     assert len(torch.cat([part.ids for _, part in data.items()]).unique()) == 400
     assert columns_of(data.test.subset([1, 2])) is data.train.columns

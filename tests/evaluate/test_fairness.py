@@ -77,15 +77,29 @@ def test_samples_drawn_in_parts_are_those_drawn_at_once(monkeypatch):
         torch.testing.assert_close(parts, whole)
 
 
-def test_the_target_does_not_know_the_group_unless_it_is_decoded_literally():
-    model = TableVAE((2, 2), 2, latent=2, hidden=4, decoder_hidden=4, target=-1)
+def silent(kind):
+    """A model that tells the target from the group alone, and real samples, a quarter of them of group 0."""
+    model = TableVAE((2, 2), 2, latent=2, hidden=4, decoder_hidden=4) if kind == "table" else eye()
+    first, last = (
+        (model.decoder[0], model.decoder[2]) if kind == "table" else (model.decoder.hidden[0], model.decoder.target)
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.zero_()
-        model.decoder[0].weight[0, 2] = 1.0  # a unit for group 0 alone
-        model.decoder[2].weight[3, 0] = 4.0  # which makes the target likely
-    n = 4000
-    real = TensorSource(model.one_hot(torch.zeros(n, 2, dtype=torch.int64)), torch.arange(n) % 2, torch.arange(n))
+        first.weight[0, model.latent] = 1.0  # a unit for group 0 alone
+        last.weight[-1, 0] = 4.0  # which makes the target likely
+    target = torch.zeros(4000, dtype=torch.int64)
+    x = (
+        {"image": torch.zeros(4000, 2, 4, 4), "target": target}
+        if kind == "images"
+        else model.one_hot(target[:, None].expand(-1, 2))
+    )
+    return model, TensorSource(x, (torch.arange(4000) % 4 > 0).long(), torch.arange(4000))
+
+
+@pytest.mark.parametrize("kind", ["table", "images"])
+def test_the_target_does_not_know_the_group_unless_it_is_decoded_literally(kind):
+    model, real = silent(kind)
     shares = {}
     for literal in (False, True):
         made, drawn = synthesise(model, real, literal=literal)
@@ -93,7 +107,7 @@ def test_the_target_does_not_know_the_group_unless_it_is_decoded_literally():
         shares[literal] = [float(target[drawn == g].double().mean()) for g in (0, 1)]
     high, low = 1 / (1 + math.exp(-4)), 0.5
     assert shares[True] == pytest.approx([high, low], abs=0.03)
-    assert shares[False] == pytest.approx([(high + low) / 2] * 2, abs=0.03)
+    assert shares[False] == pytest.approx([0.25 * high + 0.75 * low] * 2, abs=0.03)
 
 
 def test_ratios_by_hand():
@@ -180,3 +194,14 @@ def test_held_out_samples_of_one_group_cannot_be_judged():
 
 def test_more_than_two_classes_are_not_judged():
     assert evaluator(images(classes=3), eye(classes=3)) is None
+
+
+def test_images_are_judged_by_pixels_and_their_class_alike():
+    """Pixels and class of which nothing is known cost log 2 each, and log K."""
+    model, real = eye(classes=3), images(5, classes=3)
+    nothing = {"image": torch.zeros(5, 2, 4, 4), "target": torch.zeros(5, 3)}
+    assert model.reconstruction(nothing, real.x).item() == pytest.approx(32 * math.log(2) + math.log(3), rel=1e-6)
+    group = torch.tensor([0, 1, 0, 1, 0])
+    (mean, _), (other, _) = model.encode(real.x, group), model.encode(real.x, 1 - group)
+    assert mean.equal(other)  # the encoder is not told, the decoder is
+    assert not model.decode(mean, group)["image"].equal(model.decode(mean, 1 - group)["image"])
