@@ -157,7 +157,7 @@ def _check_groups(teacher: Any, source: Any) -> None:
     if highest >= teacher.groups:
         raise UsageError(
             "there are more groups than the models know", where="roles.teacher", found=f"{teacher.groups} groups",
-            expected=highest + 1, fix="TableVAE(..., groups=...)",
+            expected=highest + 1, fix="give both models groups=...",
         )  # fmt: skip
 
 
