@@ -63,7 +63,9 @@ class Columns:
             UsageError: A column or value is missing, or a column holds both words and numbers; the protected attribute or the
                 target has one value, or is a number with many.
         """
-        found, values, ends = _read(table), [], []
+        found = _read(table)
+        values: list[tuple[Any, ...]] = []
+        ends: list[tuple[float, ...] | None] = []
         for name in (protected, target):
             _few(found, name, bins)
         names = [name for name in found if name not in (protected, target)] + [target]

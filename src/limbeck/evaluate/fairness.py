@@ -109,7 +109,7 @@ def synthesise(
     drawn = groups[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(device)]
     shares = None if literal else torch.bincount(groups.long(), minlength=model.groups).to(mean) / len(rows)
     parts = zip(z.split(_AT_ONCE), drawn.split(_AT_ONCE), uniforms(mix(keys), model.draws).split(_AT_ONCE), strict=True)
-    made = [tree_map(Tensor.cpu, _decoded(model, *own, u.to(mean), shares)) for *own, u in parts]
+    made = [tree_map(Tensor.cpu, _decoded(model, latent, group, u.to(mean), shares)) for latent, group, u in parts]
     return tree_map(lambda *t: torch.cat(t), *made), drawn.cpu()
 
 
