@@ -67,6 +67,8 @@ TEXTS = {
     "mirage-nci1": "has a test of its own below",
     "phased-dmd-wan": "has a test of its own below",
     "mdt-dist-sd3": "has a test of its own below",
+    "fair-latent-adult": "has a test of its own below",
+    "fair-latent-celeba": "has a test of its own below",
     "dwa-imagenet-resnet18": "has a test of its own below",
     "cv-dd-imagenet": "has a test of its own below",
     "infer-imagenet": "has a test of its own below",
@@ -482,6 +484,86 @@ def test_the_recipe_of_average_velocities_takes_a_real_step(tmp_path: Path, monk
     loaded, batch = load(tmp_path / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
     with torch.no_grad():
         assert loaded(batch.x, condition=batch.y).equal(student(batch.x, condition=batch.y))
+
+
+PERSON = "39, {work}, 77516, {degree}, 13, {married}, Sales, Husband, {race}, {sex}, {gain}, 0, {hours}, Cuba, {income}"
+
+
+def test_the_recipe_of_fair_rows_takes_a_real_step(tmp_path: Path) -> None:
+    from limbeck.data.synthetic import SyntheticTable
+    from limbeck.nn.vae import TableVAE
+
+    people = [
+        PERSON.format(
+            work=("Private", "?")[k % 2], degree=f"degree-{k % 5}", married=("yes", "no")[k // 7 % 2],
+            race=("one", "other")[k % 2], sex=("Female", "Male")[k // 3 % 2], gain=100 * (k % 3), hours=10 + k % 50,
+            income=("<=50K", ">50K")[k % 2],
+        )
+        for k in range(600)
+    ]  # fmt: skip
+    for name, part in (
+        ("adult.data", people[:400]),
+        ("adult.test", ["|1x3 Cross validator", *(f"{p}." for p in people[400:])]),
+    ):
+        (tmp_path / name).write_text("\n".join(part) + "\n\n")
+    code = (RECIPES / "adult.py").read_text().replace('Path(__file__).parent / "adult"', f"Path({str(tmp_path)!r})")
+    (tmp_path / "adult.py").write_text(code)
+    given = {role: f"{tmp_path / 'adult.py'}:{role}" for role in ("teacher", "student", "data")}
+    given |= {
+        "method.teach_steps": 2,
+        "engine.steps": 2,
+        "engine.batch_size": 64,
+        "engine.device": "cpu",
+        "out": str(tmp_path / "run"),
+    }
+    recipe = Recipe.load(RECIPES / "fair-latent-adult.yaml", [f"{k}={json.dumps(v)}" for k, v in given.items()])
+    job = build(recipe)
+    before = [p.clone() for p in job.roles.student.encoder.parameters()]
+    result = run(job, progress="off")
+    assert isinstance(result.roles.student.module, TableVAE)
+    assert any(not torch.equal(a, b) for a, b in zip(before, result.roles.student.encoder.parameters(), strict=True))
+    made = SyntheticTable.load(tmp_path / "run").table()
+    assert set(made["sex"]) == {"Female", "Male"}
+    assert set(made["income"]) <= {"<=50K", ">50K"}
+    assert len(made["sex"]) == len(job.data.train)
+    assert "demographic_parity_ratio" in json.dumps(result.metrics)
+
+
+def test_the_recipe_of_fair_images_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("torchvision.datasets")
+    from PIL import Image
+
+    from limbeck.data.synthetic import SyntheticImages
+
+    place, g = tmp_path / "data" / "celeba", torch.Generator().manual_seed(0)
+    (place / "img_align_celeba").mkdir(parents=True)
+    names = [f"{k:06d}.jpg" for k in range(48)]
+    for name in names:
+        pixels = torch.randint(0, 256, (218, 178, 3), dtype=torch.uint8, generator=g)
+        Image.fromarray(pixels.numpy()).save(place / "img_align_celeba" / name)
+    lines = {
+        "list_eval_partition.txt": [f"{n} {k // 16}" for k, n in enumerate(names)],
+        "identity_CelebA.txt": [f"{n} 1" for n in names],
+        "list_bbox_celeba.txt": ["48", "image_id x_1", *(f"{n} 1" for n in names)],
+        "list_landmarks_align_celeba.txt": ["48", "lefteye_x", *(f"{n} 1" for n in names)],
+        "list_attr_celeba.txt": [
+            "48", "Male Smiling", *(f"{n} {1 - 2 * (k % 2)} {1 - k // 2 % 2 * 2}" for k, n in enumerate(names))
+        ],
+    }  # fmt: skip
+    for name, text in lines.items():
+        (place / name).write_text("\n".join(text) + "\n")
+    monkeypatch.setattr(datasets.CelebA, "_check_integrity", lambda self: True)
+    monkeypatch.chdir(tmp_path)
+    given = {"method.teach_steps": 1, "method.samples": 20, "engine.steps": 1, "engine.batch_size": 8}
+    given |= {"engine.workers": 0, "engine.device": "cpu", "out": str(tmp_path / "run")}
+    job = build(Recipe.load(RECIPES / "fair-latent-celeba.yaml", [f"{k}={json.dumps(v)}" for k, v in given.items()]))
+    before = [p.clone() for p in job.roles.student.encoder.parameters()]
+    result = run(job, progress="off")
+    assert any(not torch.equal(a, b) for a, b in zip(before, result.roles.student.encoder.parameters(), strict=True))
+    made = SyntheticImages.load(tmp_path / "run")
+    assert made.images.shape == (20, 3, 64, 64)
+    assert set(made.targets.tolist()) | set(made.groups.tolist()) <= {0, 1}
+    assert "demographic_parity_ratio" in json.dumps(result.metrics)
 
 
 def test_the_recipe_of_several_students_takes_real_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

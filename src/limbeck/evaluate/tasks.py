@@ -20,11 +20,11 @@ from limbeck.data.noise import Noise
 from limbeck.evaluate import metrics
 from limbeck.evaluate.condensation import Condensation
 from limbeck.evaluate.cost import evaluating
-from limbeck.evaluate.fairness import FairTable
+from limbeck.evaluate.fairness import Fairness
 from limbeck.evaluate.generation import Generation, generates
 from limbeck.losses import kl
 from limbeck.losses.tokens import IGNORE, next_tokens
-from limbeck.nn.vae import TableVAE
+from limbeck.nn.vae import ImageVAE, TableVAE
 
 _TEXTS = 1000  # texts that similarity and retrieval look at, evenly spaced: all are compared with all
 
@@ -234,8 +234,8 @@ def evaluator(
     source: Source, student: nn.Module, batch_size: int = 256, taught: Source | None = None, compare: bool = True
 ) -> Evaluator | None:
     """The evaluator that fits: samples beside real ones for generators, networks trained from scratch for condensed sets,
-    zero-shot for images with texts, retrieval or similarity for sentence encoders, next tokens for blocks of tokens, else
-    classification.
+    classifiers trained on their samples for models of a protected attribute, zero-shot for images with texts, retrieval or
+    similarity for sentence encoders, next tokens for blocks of tokens, else classification.
 
     Args:
         source: Held-out samples.
@@ -245,7 +245,7 @@ def evaluator(
         compare: Whether the teacher's outputs are over the same classes.
 
     Returns:
-        None where there is nothing to judge by: texts that are too few, or noise.
+        None where there is nothing to judge by: texts that are too few, noise, or fairness to more than two classes.
     """
     if isinstance(getattr(source, "source", source), Noise):
         return None
@@ -255,8 +255,8 @@ def evaluator(
         from limbeck.evaluate.graphs import GraphCondensation
 
         return GraphCondensation(source)  # type: ignore[arg-type]
-    if isinstance(student, TableVAE):
-        return FairTable(source)
+    if isinstance(student, TableVAE | ImageVAE):
+        return Fairness(source) if student.classes == 2 else None
     if isinstance(student, Condensed):
         return Condensation(source, batch_size)
     if isinstance(source, ImageText):

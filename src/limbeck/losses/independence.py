@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from limbeck.losses._reduce import Reduction, full_precision, reduce
 
@@ -34,7 +36,9 @@ def gaussian_kl(
 
 
 @full_precision
-def group_distance(mean: Tensor, logvar: Tensor, groups: Tensor, *, normalise: bool = True, chunk: int = 512) -> Tensor:
+def group_distance(
+    mean: Tensor, logvar: Tensor, groups: Tensor, count: int, *, normalise: bool = True, chunk: int = 512
+) -> Tensor:
     """Squared distance covariance of Gaussian posteriors and a group (FairDisCo, Liu et al. 2022):
     `sum_g p_g^2 integral (p(z | g) - p(z))^2 dz`, in closed form.
 
@@ -45,28 +49,37 @@ def group_distance(mean: Tensor, logvar: Tensor, groups: Tensor, *, normalise: b
         mean: `[B, Z]`.
         logvar: Logarithms of the variances `[B, Z]`.
         groups: Group numbers `[B]`; a batch of one group gives 0.
-        normalise: Whether it is over `integral p(z)^2 dz`, which makes it a number between 0 and the number of groups whatever Z
-            is; the authors' code does not, and has weights of 10^7 instead.
-        chunk: Rows whose pairs are in memory at once.
+        count: How many groups there are; some may be missing in the batch.
+        normalise: Whether it is over `integral p(z)^2 dz`, which makes it a number of one size whatever Z is; the authors' code
+            does not, and has weights of 10^7 instead.
+        chunk: Rows whose pairs are in memory at once; of bigger batches they are computed again on the way back.
 
     Example:
         >>> m, v = torch.tensor([[0.0], [0.0], [0.0], [0.0]]), torch.zeros(4, 1)
-        >>> group_distance(m, v, torch.tensor([0, 0, 1, 1]))
+        >>> group_distance(m, v, torch.tensor([0, 0, 1, 1]), 2)
         tensor(0.)
     """
-    count = int(groups.max()) + 1
-    inside = torch.nn.functional.one_hot(groups.long(), count).to(mean.dtype)  # [B, G]
+    inside = F.one_hot(groups.long(), count).to(mean.dtype)  # [B, G]
     sizes = inside.sum(0)
     sums = torch.zeros(count, count, dtype=mean.dtype, device=mean.device)  # of densities over pairs of groups
-    top = -0.5 * (logvar + math.log(4 * math.pi)).sum(1).min().detach()  # the largest log density of a pair
-    for m, v, own in zip(mean.split(chunk), logvar.split(chunk), inside.split(chunk), strict=True):
-        total = v.exp()[:, None] + logvar.exp()[None]
-        logs = -0.5 * ((m[:, None] - mean[None]).square() / total + (2 * math.pi * total).log()).sum(-1)
-        sums = sums + own.T @ (logs - top).exp() @ inside
-    there = sizes > 0
-    share = sizes / len(mean)
+    # No pair is denser than the densest sample with itself: its logarithm keeps many latents from underflow.
+    top = -0.5 * (logvar + math.log(4 * math.pi)).sum(1).min().detach()
+    for part in zip(mean.split(chunk), logvar.split(chunk), inside.split(chunk), strict=True):
+        args = (*part, mean, logvar, inside, top)
+        if len(mean) > chunk:
+            sums = sums + checkpoint(_densities, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            sums = sums + _densities(*args)
     every = sums.sum() / len(mean) ** 2
     same = sums.diagonal() / sizes.clamp_min(1).square()
     across = sums.sum(1) / (sizes.clamp_min(1) * len(mean))
-    found = (there * share.square() * (every + same - 2 * across)).sum().clamp_min(0)
+    share = sizes / len(mean)  # 0 for a group that is missing
+    found = (share.square() * (every + same - 2 * across)).sum().clamp_min(0)
     return found / every if normalise else found * top.exp()
+
+
+def _densities(m: Tensor, v: Tensor, own: Tensor, mean: Tensor, logvar: Tensor, inside: Tensor, top: Tensor) -> Tensor:
+    """Densities of differences, added up over pairs of groups `[G, G]`, times `exp(-top)`."""
+    total = v.exp()[:, None] + logvar.exp()[None]  # [b, B, Z]
+    logs = -0.5 * ((m[:, None] - mean[None]).square() / total + (2 * math.pi * total).log()).sum(-1)
+    return own.T @ (logs - top).exp() @ inside

@@ -1,9 +1,8 @@
-"""A table without what it knows of a group: a fair latent space, learned by a big encoder and handed to a small one."""
+"""Data without what they know of a group: a fair latent space, learned by a big encoder and handed to a small one."""
 
 from __future__ import annotations
 
 import copy
-import csv
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,31 +18,38 @@ from limbeck.core.method import Method
 from limbeck.core.roles import Roles
 from limbeck.core.stages import Collect, Convert, Stage, Train
 from limbeck.core.update import Update
+from limbeck.data.categorical import Columns, columns_of
+from limbeck.data.ids import mix
+from limbeck.data.synthetic import SyntheticImages, SyntheticTable
 from limbeck.diffusion.draws import Draws
 from limbeck.evaluate.fairness import synthesise
 from limbeck.losses.independence import gaussian_kl, group_distance
 from limbeck.methods.checks import check_field
-from limbeck.nn.vae import TableVAE
+from limbeck.nn.vae import ImageVAE, TableVAE
 
 
 @dataclass(frozen=True)
 class FairLatent(Method):
     """Fair synthetic data by distilling a fair representation (Sikder et al. 2024).
 
-    The teacher, an autoencoder that is told the group, learns rows under a penalty on what its latent says of it (FairDisCo):
-    `rec + kl_weight KL + fairness V^2`. Then a smaller encoder in front of the teacher's decoder learns the teacher's latent:
-    `||mu' - mu||^2 + utility KL(teacher || student)`. Last, rows are drawn with groups of their own and written as a table.
-    Batches are rows, one-hot, with the group as label; the target is one of the columns.
+    The teacher, an autoencoder that is told the group, learns samples under a penalty on what its latent says of it (FairDisCo,
+    Liu et al. 2022): `rec + kl_weight KL + fairness V^2`. Then a smaller encoder in front of the teacher's decoder learns the
+    teacher's latent: `||mu' - mu||^2 + utility KL(teacher || student)`. Last, samples are drawn, with groups of their own.
+    Batches have the group as label, and hold what the models read: rows, one-hot, with the target as one of the columns, for
+    `TableVAE`; images with their class for `ImageVAE`. What comes out is a `SyntheticTable` or `SyntheticImages`.
 
-    The two losses of the second stage are not told in full by the paper; these are reconstructions (inferred).
+    The paper does not tell the losses of the second stage in full, nor how the target is decoded; these are reconstructions
+    (inferred).
 
     Args:
-        fairness: Weight of the penalty, as a share of what two groups that have nothing in common would have.
+        fairness: Weight of the penalty.
+        normalise: Whether the penalty is a share of `integral p(z)^2`, for weights of 1 to 100; without, as in the authors'
+            code, the weight grows with the latents, 10^7 for 8.
         kl_weight: Of the distance of latents from the standard normal.
         utility: Weight of the divergence of the student's latent from the teacher's.
         teach_steps: Steps of the first stage; 0 takes the teacher as it is.
-        label_decode: How the target is drawn: `marginal`, averaged over groups, or `literal`, as the other columns.
-        rows: Of the table; 0 for as many as there are to learn from.
+        label_decode: How the target is drawn: `marginal`, averaged over groups, or `literal`, as everything else.
+        samples: How many to draw; 0 for as many as there are to learn from.
 
     Example:
         >>> net = lambda hidden: TableVAE((2, 2), latent=2, hidden=hidden)
@@ -59,64 +65,63 @@ class FairLatent(Method):
     logits: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[tuple[str, ...] | None] = ()
 
-    fairness: float = 10.0
-    kl_weight: float = 0.2
+    fairness: float = 20.0
+    normalise: bool = True
+    kl_weight: float = 1.0
     utility: float = 1.0
     teach_steps: int = 500
     label_decode: Literal["marginal", "literal"] = "marginal"
-    rows: int = 0
+    samples: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("fairness", "kl_weight", "utility", "teach_steps", "rows"):
+        for name in ("fairness", "kl_weight", "utility", "teach_steps", "samples"):
             check_field(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         known = ("marginal", "literal")
         check_field("label_decode", self.label_decode, self.label_decode in known, " | ".join(known))
 
     def check(self, m: Roles, batch: Batch) -> None:
-        """Two models of the same table and latent, and rows with groups."""
+        """Two models with one decoder and latent, and data that they read."""
         for name in ("teacher", "student"):
-            if not isinstance(m[name].module, TableVAE):
+            if not isinstance(m[name].module, TableVAE | ImageVAE):
                 raise UsageError(
-                    "this is no model of a table", where=f"roles.{name}", found=type(m[name].module).__name__,
-                    expected="limbeck.nn.vae.TableVAE",
+                    "this is no autoencoder that is told a group", where=f"roles.{name}", found=type(m[name].module).__name__,
+                    expected="limbeck.nn.vae.TableVAE or ImageVAE",
                 )  # fmt: skip
         teacher: Any = m.teacher.module
         student: Any = m.student.module
-        shapes = [[p.shape for p in model.decoder.parameters()] for model in (teacher, student)]
-        if shapes[0] != shapes[1] or teacher.sizes != student.sizes:
+        forms = [(model.form, [list(p.shape) for p in model.decoder.parameters()]) for model in (teacher, student)]
+        if forms[0] != forms[1]:
             raise UsageError(
-                "the teacher's decoder does not fit the student", where="roles.student", found=shapes[1],
-                expected=shapes[0], fix="the same columns, groups, latent and decoder_hidden",
+                "the teacher's decoder does not fit the student", where="roles.student", found=forms[1],
+                expected=forms[0], fix="the same columns or shape, groups, latent and decoder",
             )  # fmt: skip
-        if batch.x.shape[1:] != (sum(teacher.sizes),):
-            raise UsageError(
-                "rows do not fit the models", where="data", found=list(batch.x.shape), expected=sum(teacher.sizes)
-            )
+        teacher.check(batch.x)
 
     def check_data(self, data: Any) -> None:
-        """There are two groups at least."""
+        """There are two groups at least, and they are whole numbers."""
         groups = getattr(getattr(data, "train", None), "labels", None)
-        if groups is None or len(groups.unique()) < 2:
+        if groups is None or groups.ndim != 1 or groups.is_floating_point() or len(groups.unique()) < 2:
             raise UsageError(
                 "there are no groups to be fair to", where="data.train.y",
-                found="none" if groups is None else f"one value, {groups.unique().tolist()}",
-                expected="the protected attribute, with two values or more",
+                found="none" if groups is None else f"{str(groups.dtype)[6:]}, {groups.unique().tolist()[:3]}",
+                expected="the protected attribute, numbered, with two values or more",
             )  # fmt: skip
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
-        """A fair teacher, a small encoder, a table."""
+        """A fair teacher, a small encoder, samples."""
+        _check_groups(m.teacher.module, data.train)
         if self.teach_steps:
             yield Train(self.teach, roles={"teacher": None}, data=data.train, steps=self.teach_steps, name="teach")
         yield Convert("student", TakeDecoder(m.teacher.module), name="take the teacher's decoder")
         yield Train(self.step, roles={"student": None}, frozen=self.frozen, data=data.train)
-        yield Collect("table", partial(self._table, data.train))
+        yield Collect("synthetic", partial(self._synthetic, data.train))
 
     def teach(self, m: Roles, batch: Batch) -> Update:
         """One update of the teacher."""
         teacher: Any = m.teacher.module
         mean, logvar = teacher.encode(batch.x, batch.y)
         z = mean + (0.5 * logvar).exp() * Draws(m, batch).normal("latent", mean)
-        fair = group_distance(mean, logvar, batch.y)
+        fair = group_distance(mean, logvar, batch.y, teacher.groups, normalise=self.normalise)
         loss = teacher.reconstruction(teacher.decode(z, batch.y), batch.x)
         loss = loss + self.kl_weight * gaussian_kl(mean, logvar) + self.fairness * fair
         return Update("teacher", loss, logs={"group_distance": fair.detach()})
@@ -128,22 +133,32 @@ class FairLatent(Method):
         with torch.no_grad():
             mean, logvar = teacher.encode(batch.x, batch.y)
         own, own_logvar = student.encode(batch.x, batch.y)
-        quality = (own - mean).square().mean()
+        quality = (own - mean).square().sum(1).mean()
         return Update("student", quality + self.utility * gaussian_kl(mean, logvar, own, own_logvar))
 
-    def _table(self, source: Any, m: Roles, folder: Path) -> dict[str, Any]:
+    def _synthetic(self, source: Any, m: Roles, folder: Path) -> dict[str, Any]:
         student: Any = m.student.module
-        count = self.rows or len(source)
-        rows = torch.arange(count) % len(source)
-        batch = source.batch(rows, 0)
-        device = next(student.parameters()).device
-        literal = self.label_decode == "literal"
-        codes, groups = synthesise(student, batch.x.to(device), batch.y.to(device), m.seed, literal)
-        with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([*(f"column_{k}" for k in range(codes.shape[1])), "group"])
-            writer.writerows([*row, g] for row, g in zip(codes.tolist(), groups.tolist(), strict=True))
-        return {"rows": count, "columns": codes.shape[1]}
+        count = self.samples or len(source)
+        order = mix(mix(source.ids) + m.seed).argsort()  # some rows are any rows, also of a file that is sorted
+        made, groups = synthesise(
+            student, source, order[torch.arange(count) % len(order)], m.seed, self.label_decode == "literal"
+        )
+        info = {"label_decode": self.label_decode, "seed": m.seed, "from_samples": len(source)}
+        if isinstance(student, ImageVAE):
+            SyntheticImages(made["image"], made["target"], groups, info).save(folder)
+        else:
+            columns = columns_of(source) or Columns.numbered(student.sizes, student.groups)
+            SyntheticTable(columns, student.codes(made), groups, info).save(folder)
+        return {"samples": count}
+
+
+def _check_groups(teacher: Any, source: Any) -> None:
+    highest = int(source.labels.max())
+    if highest >= teacher.groups:
+        raise UsageError(
+            "there are more groups than the models know", where="roles.teacher", found=f"{teacher.groups} groups",
+            expected=highest + 1, fix="give both models groups=...",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
