@@ -30,6 +30,7 @@ import torch
 from condense_sets import BATCH, JUDGE, ROWS, TABLES, TASKS, TEMPERATURE, Row, World, labelled
 from measuring import machine
 
+from limbeck.core.errors import RunError
 from limbeck.core.source import Source
 from limbeck.data.augment import Views
 from limbeck.data.condensed import Condensed
@@ -60,7 +61,12 @@ def tuned(name: str, row: Row, world: World, each: int) -> dict[str, Any]:
         return {"pixels": 0.0}
     scores = {}
     for rate in world.task.rates[row.rates]:
-        found = judged(world, name, row.make(world, each, rate), world.data.validation, row.labels, 1)
+        try:
+            small = row.make(world, each, rate)
+        except RunError:  # it diverged at this rate
+            scores[rate] = 0.0
+            continue
+        found = judged(world, name, small, world.data.validation, row.labels, 1)
         scores[rate] = mean(v for kinds in found.values() for own in kinds.values() for v in own)
     return {"pixels": max(scores, key=lambda rate: scores[rate]), "scores": scores}
 

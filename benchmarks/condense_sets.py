@@ -134,7 +134,7 @@ TASKS = {
     ),
     "cifar10": Task(
         cifar10, (3, 16, 16), ((16, 3), (24, 3), (16, 2)), ("shift", "flip"), (2, 6, 5), 0.05,
-        {"matching": (0.5, 2.0), "recovery": (0.03, 0.1), "compensators": (0.003, 0.03)}, 2, 100,
+        {"matching": (5.0, 20.0), "recovery": (0.03, 0.1), "compensators": (0.003, 0.03)}, 2, 100,
     ),
 }  # fmt: skip
 
