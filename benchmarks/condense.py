@@ -159,7 +159,8 @@ def main() -> None:
         if given.picture:
             from condense_picture import gallery
 
-            gallery(folder / "sets", given.picture / f"condense-{name}.png", TASKS[name].shape)
+            classes = TASKS[name].splits(0).train.classes
+            gallery(folder / "sets", given.picture / f"condense-{name}.png", classes, read(given.out)[name])
         else:
             run(name, given.out, folder)
 
