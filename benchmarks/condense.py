@@ -8,8 +8,8 @@ One and ten images of each class, three sets of each kind (seeds 0, 1, 2, each w
 each set several trainings of a ConvNet (that which trajectories are matched with; recovery has one with batch normalisation), a
 ResNet and an MLP that no set was made with: equally many steps for all, the last step's accuracy, on test images.
 
-Each row that learns pixels is tuned over two rates of them, on seed 100 and its validation images alone; other rows have
-nothing to tune. All else, and how the networks are trained, is as in the methods' proofs, and the same for all.
+Each row that learns pixels is tuned over two rates of them, on seed 100 and its validation images alone, with the fewest images;
+other rows have nothing to tune. All else, and how networks are trained, is as in the methods' proofs, and the same for all.
 
 The result is written after every set: stopped and started again, it goes on. `runs/condense` has the sets, teachers and experts.
 Times are of the process's CPU, on one thread.
@@ -136,12 +136,13 @@ def run(name: str, out: Path, folder: Path) -> None:
                 continue
             place = (name, str(each), row_name)
             known = read(out).get(name, {}).get(str(each), {}).get(row_name, {})
-            if "tuned" not in known:
-                known["tuned"] = tuned(row_name, row, World(task, TUNING, folder), each)
-                write(out, *place, "tuned", value=known["tuned"])
+            rates = read(out).get(name, {}).get("tuned", {})
+            if row_name not in rates:
+                rates[row_name] = tuned(row_name, row, World(task, TUNING, folder), each)
+                write(out, name, "tuned", row_name, value=rates[row_name])
             for seed in SEEDS:
                 if str(seed) not in known.get("sets", {}):
-                    made = cell(row_name, row, World(task, seed, folder), each, known["tuned"]["pixels"])
+                    made = cell(row_name, row, World(task, seed, folder), each, rates[row_name]["pixels"])
                     write(out, *place, "sets", str(seed), value=made)
                     print(name, each, row_name, seed, made["seconds"], made["accuracy"], flush=True)
             write(out, *place, "summary", value=summary(read(out)[name][str(each)][row_name]["sets"]))
