@@ -322,10 +322,14 @@ def all_data(world: World, each: int, _: float) -> Condensed:
     return Condensed(whole.x, whole.y, info={"classes": list(world.data.train.classes)})
 
 
+def with_tables(task: Task, each: int) -> int:
+    """Images of each class that take the place of so many with tables of views."""
+    image = 4 * torch.Size(task.shape).numel() + 1
+    return each * (image + 2 * 10 * TABLES) // image
+
+
 def as_many_bytes(world: World, each: int, _: float) -> Condensed:
-    """As many random real images as the tables of views would take the place of."""
-    image = 4 * torch.Size(world.task.shape).numel() + 1
-    return real(world, each * (image + 2 * 10 * TABLES) // image)
+    return real(world, with_tables(world.task, each))
 
 
 EVERY = ("hard", "table", "views")
