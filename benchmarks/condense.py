@@ -28,7 +28,17 @@ from typing import Any
 
 import torch
 from condense_sets import (
-    BATCH, JUDGE, ROWS, TABLES, TASKS, TEMPERATURE, Row, World, as_many_bytes, labelled, with_tables,
+    BATCH,
+    JUDGE,
+    ROWS,
+    TABLES,
+    TASKS,
+    TEMPERATURE,
+    Row,
+    World,
+    as_many_bytes,
+    labelled,
+    with_tables,
 )  # fmt: skip
 from measuring import machine
 
