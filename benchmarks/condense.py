@@ -49,7 +49,7 @@ from limbeck.data.condensed import Condensed
 from limbeck.evaluate.condensation import Training, protocol
 
 SEEDS, TUNING, EACH = (0, 1, 2), 100, (1, 10)
-ALL_DATA = 4  # times as many steps
+ALL_DATA = 12  # times as many steps
 
 
 def judged(
