@@ -132,8 +132,8 @@ def summary(cells: Mapping[str, Any]) -> dict[str, Any]:
     return {"samples": every[0]["samples"], "bytes": every[0]["bytes"], "seconds": seconds, "accuracy": accuracy}
 
 
-def run(name: str, out: Path, folder: Path) -> None:
-    """All cells of a task that are not there yet."""
+def run(name: str, out: Path, folder: Path, numbers: Sequence[int]) -> None:
+    """All cells of a task that are not there yet, for these numbers of images of a class."""
     task = TASKS[name]
     write(out, "machine", value=machine("limbeck"))
     settings = {
@@ -142,7 +142,7 @@ def run(name: str, out: Path, folder: Path) -> None:
         "pixel rates": task.rates, "image": task.shape,
     }  # fmt: skip
     write(out, name, "settings", value=settings)
-    for each in EACH:
+    for each in numbers:
         for row_name, row in ROWS.items():
             again = row.make is as_many_bytes and with_tables(task, each) == each
             if each < row.least or again or (row_name == "all data" and each != EACH[0]):
@@ -165,6 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=tuple(TASKS), action="append")
+    parser.add_argument("--each", type=int, choices=EACH, action="append", help="images of each class")
     parser.add_argument("--picture", type=Path, help="draw the sets there, and run nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -176,7 +177,7 @@ def main() -> None:
             classes = TASKS[name].splits(0).train.classes
             gallery(folder / "sets", given.picture / f"condense-{name}.png", classes, read(given.out)[name])
         else:
-            run(name, given.out, folder)
+            run(name, given.out, folder, given.each or EACH)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import time
 from collections.abc import Callable, Generator
@@ -179,13 +180,15 @@ class World:
     def kept(self, name: str, make: Callable[[Path], None]) -> Path:
         """A folder that is made once; its cost is put down to whoever asks."""
         folder = self.folder / f"{self.seed}-{name}"
-        if not (folder / "seconds.json").exists():
-            start = time.process_time()
-            folder.mkdir(parents=True, exist_ok=True)
-            make(folder)
-            taken = time.process_time() - start
-            self.built += taken
-            (folder / "seconds.json").write_text(json.dumps(taken))
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:  # another process may want the same
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "seconds.json").exists():
+                start = time.process_time()
+                make(folder)
+                taken = time.process_time() - start
+                self.built += taken
+                (folder / "seconds.json").write_text(json.dumps(taken))
         self.used[name] = json.loads((folder / "seconds.json").read_text())
         return folder
 
