@@ -151,7 +151,7 @@ def run(name: str, out: Path, folder: Path, numbers: Sequence[int]) -> None:
             known = read(out).get(name, {}).get(str(each), {}).get(row_name, {})
             rates = read(out).get(name, {}).get("tuned", {})
             if row_name not in rates:
-                rates[row_name] = tuned(row_name, row, World(task, TUNING, folder), each)
+                rates[row_name] = tuned(row_name, row, World(task, TUNING, folder), row.least)
                 write(out, name, "tuned", row_name, value=rates[row_name])
             for seed in SEEDS:
                 if str(seed) not in known.get("sets", {}):
