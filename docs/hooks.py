@@ -57,12 +57,15 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace marks in comments: `fields module:Class`, `file path`, `results name`, `fewstep task`, `commands`, and so on."""
-    markdown = re.sub(r"<!-- file (\S+) -->", lambda m: file_block(m[1]), markdown)
-    markdown = re.sub(r"<!-- fields (\S+) -->", lambda m: fields_table(find(m[1])), markdown)
-    markdown = re.sub(r"<!-- results (\S+) -->", lambda m: results_table(read_result(m[1])), markdown)
-    markdown = re.sub(
-        r"<!-- fewstep (\S+) -->", lambda m: fewstep_table(read_result("fewstep")["tables"][m[1]]), markdown
-    )
+    named: dict[str, Callable[[str], str]] = {
+        "file": file_block,
+        "fields": lambda name: fields_table(find(name)),
+        "results": lambda name: results_table(read_result(name)),
+        "fewstep": lambda task: fewstep_table(read_result("fewstep")["tables"][task]),
+        "condensed": lambda task: condensed_tables(read_result("condense")[task]),
+    }
+    for name, make in named.items():
+        markdown = re.sub(rf"<!-- {name} (\S+) -->", lambda m, make=make: make(m[1]), markdown)
     made = {
         "commands": commands,
         "methods": lambda: methods_table("methods/"),
@@ -179,6 +182,35 @@ def steps_table(found: dict[str, Any]) -> str:
             quartiles = f"{ratio['q1']:.2f} to {ratio['q3']:.2f}"
             rows.append(row([name, classes.split()[0], f"{ratio['median']:.2f}", quartiles]))
     return "\n".join(rows)
+
+
+def condensed_tables(task: dict[str, Any]) -> str:
+    """What networks learn from small sets: a table for each number of images of a class, best first."""
+    head = ["set", "ConvNet", "ResNet", "MLP", "all, soft", "all, soft by views", "CPU s", "kB"]
+    parts = []
+    for each in (key for key in task if key.isdecimal()):
+        summaries = {name: part["summary"] for name, part in task[each].items() if "summary" in part}
+        rows = [row(head), "|---" * len(head) + "|"]
+        for name in sorted(summaries, key=lambda name: -condensed_score(summaries[name])):
+            found = summaries[name]
+            hard = found["accuracy"].get("hard", {})
+            cells = [percent(hard.get(kind)) for kind in ("ConvNet", "ResNet", "MLP")]
+            cells += [percent(found["accuracy"].get(kind, {}).get("all three")) for kind in ("table", "views")]
+            sizes = " / ".join(f"{size / 1000:.3g}" for size in found["bytes"].values())
+            rows.append(row([name, *cells, f"{sum(found['seconds'].values()):.1f}", sizes]))
+        parts += [f"**{each} of each class**" if each != "1" else "**One image of each class**", "\n".join(rows)]
+    return "\n\n".join(parts)
+
+
+def condensed_score(found: dict[str, Any]) -> float:
+    """The mean accuracy of all networks with class numbers; with soft labels, where a set was not tried with these."""
+    accuracy = found["accuracy"]
+    return float((accuracy.get("hard") or accuracy["table"])["all three"]["mean"])
+
+
+def percent(found: dict[str, float] | None) -> str:
+    """A mean with its deviation, or nothing."""
+    return "" if found is None else f"{found['mean']:.1f} ± {found['deviation']:.1f}"
 
 
 def method_page(name: str) -> str:

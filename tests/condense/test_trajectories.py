@@ -1,5 +1,8 @@
 """Experts trained side by side: the same as one after another, flat where asked, and the same bits after a kill."""
 
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -138,6 +141,16 @@ def test_the_ramp_damps_the_first_epochs(tmp_path):
     assert smoothed(plain).ramp
 
 
+def test_other_experts_in_the_same_place_are_not_taken_for_the_first(tmp_path):
+    found = []
+    for seed in range(2):
+        training = replace(SMALL, epochs=1, seed=seed)
+        shutil.rmtree(tmp_path / "experts", ignore_errors=True)
+        train_experts(network(), source(), tmp_path / "experts", training)
+        found.append(Trajectories(tmp_path / "experts", network(), training)(0, 1))
+    assert not found[0].equal(found[1])
+
+
 def test_segments_are_experts_and_starts():
     batch = Segments(2, 3).batch(torch.tensor([0, 2, 4]), 0)
     assert batch.expert.tolist() == [0, 0, 1]
@@ -240,6 +253,11 @@ def test_what_does_not_fit(tmp_path):
         Trajectories(tmp_path / "a", mlp(4, 4, 3), SMALL)
     with pytest.raises(UsageError, match="need labels"):
         train_experts(network(), TensorSource(torch.rand(4, 1, 4, 4)), tmp_path / "b", SMALL)
+    for other in (replace(SMALL, lr=0.2), replace(SMALL, epochs=4), replace(SMALL, operations=())):
+        with pytest.raises(UsageError, match="other experts"):
+            train_experts(network(), source(), tmp_path / "a", other)
+    with pytest.raises(UsageError, match="other experts"):
+        train_experts(network(), source(27), tmp_path / "a", SMALL)
     (tmp_path / "a" / "epoch-0001.safetensors").write_bytes(b"x")
     with pytest.raises(UsageError, match="cannot be read"):
         Trajectories(tmp_path / "a", network(), SMALL)(0, 1)

@@ -107,3 +107,19 @@ def test_the_readme_tells_the_verdicts_and_numbers_of_the_committed_proofs(hooks
     picture = (ROOT / "docs" / "img" / "proof.svg").read_text(encoding="utf-8")
     texts = re.findall(r"<text[^>]*>([^<]*)<", proof_svg(hooks.read_proof("kd")))
     assert re.findall(r"<text[^>]*>([^<]*)<", picture) == texts, "draw it again: python docs/hooks.py"
+
+
+@pytest.mark.parametrize("task", ["digits", "cifar10"])
+def test_the_page_of_condensed_sets_has_every_row_of_the_benchmark(hooks, task):
+    result = hooks.read_result("condense")[task]
+    page = hooks.on_page_markdown(f"<!-- condensed {task} -->")
+    lines = page.splitlines()
+    for each, rows in ((key, result[key]) for key in ("1", "10")):
+        for name, part in rows.items():
+            kinds = part["summary"]["accuracy"]
+            cells = (
+                [hooks.percent(kinds["hard"][net]) for net in ("ConvNet", "ResNet", "MLP")] if "hard" in kinds else []
+            )
+            cells += [hooks.percent(kinds[kind]["all three"]) for kind in ("table", "views") if kind in kinds]
+            own = [line for line in lines if line.startswith(f"| {name} |")]
+            assert any(all(cell in line for cell in cells) for line in own), (each, name)

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from torch.func import functional_call, grad, vmap
 
 from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
-from limbeck.core.files import aside
+from limbeck.core.files import aside, write_text
 from limbeck.core.source import Source
 from limbeck.data.augment import augment
 from limbeck.data.ids import digest, mix
@@ -29,7 +28,7 @@ from limbeck.evaluate.condensation import fresh
 from limbeck.losses.trajectory import input_gradient_norm
 from limbeck.optim.unroll import flatten
 
-_NOTES = "experts.json"
+_NOTES, _BEGUN = "experts.json", "begun.json"
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,7 @@ class Trajectories:
 
     def __init__(self, folder: str | os.PathLike[str] | None, network: nn.Module, training: ExpertTraining) -> None:
         self.folder, self.network, self.training = folder, network, training
+        self.kept: dict[int, Tensor] = {}
         if folder is None:
             return
         try:
@@ -106,11 +106,12 @@ class Trajectories:
         device = next(self.network.parameters()).device
         if self.folder is None:
             return flatten([p.detach() for p in self.network.parameters()])
-        return _epoch(str(Path(self.folder) / f"epoch-{epoch:04d}.safetensors"))[expert].to(device)
+        if epoch not in self.kept:
+            self.kept[epoch] = _epoch(Path(self.folder) / f"epoch-{epoch:04d}.safetensors")
+        return self.kept[epoch][expert].to(device)
 
 
-@lru_cache(maxsize=256)
-def _epoch(path: str) -> Tensor:
+def _epoch(path: Path) -> Tensor:
     """The weights of all experts after an epoch `[K, P]`, mapped, not read."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -160,10 +161,13 @@ def train_experts(
         Plain data: number of experts, of epochs, of parameters, and the last epoch's mean loss.
 
     Raises:
-        UsageError: The network keeps running statistics, or the data have no labels.
+        UsageError: The network keeps running statistics, the data have no labels, or the folder has experts that were
+            trained in another way or on other data.
     """
     check_network(network)
     folder = Path(folder)
+    notes = {"shapes": _shapes(network), "training": asdict(training), "data": source.fingerprint()}
+    _begin(folder, notes)
     done = sorted(folder.glob("epoch-*.safetensors"))
     stacked = _first(network, training) if not done else _state(done[-1], "weights", network)
     speeds = None if not done else _state(done[-1], "momentum", network)
@@ -186,11 +190,22 @@ def train_experts(
                 total += losses
             loss = total
             _write(folder, epoch + 1, stacked, speeds if training.momentum else None)
-    notes = {"shapes": _shapes(network), "training": asdict(training)}
-    with aside(folder / _NOTES) as scratch:
-        scratch.write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
+    write_text(folder / _NOTES, json.dumps(notes, indent=1) + "\n")
     parameters = sum(p.numel() for p in network.parameters())
     return {"experts": training.count, "epochs": training.epochs, "parameters": parameters, "loss": float(loss.mean())}
+
+
+def _begin(folder: Path, notes: Mapping[str, Any]) -> None:
+    """Write what is about to be trained; experts of another kind are not gone on with."""
+    notes, path = json.loads(json.dumps(notes)), folder / _BEGUN
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else notes
+    if before != notes:
+        other = [name for name in notes if before.get(name) != notes[name]]
+        raise UsageError(
+            "this folder has other experts", where=folder, found={n: before.get(n) for n in other},
+            expected={n: notes[n] for n in other}, fix="give another folder, or delete this one",
+        )  # fmt: skip
+    write_text(path, json.dumps(notes, indent=1) + "\n")
 
 
 def check_network(network: nn.Module) -> None:
