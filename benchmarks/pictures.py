@@ -23,14 +23,14 @@ def sheet(rows: Mapping[str, Sequence[Image.Image]], path: Path, gap: int = 8, l
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=17)
     for r, (name, parts) in enumerate(rows.items()):
         top = gap + r * (height + gap)
-        pen.text((gap, top + height // 2), name, fill=INK, font=font, anchor="lm")
+        pen.text((8, top + height // 2), name, fill=INK, font=font, anchor="lm")
         for k, part in enumerate(parts):
             page.paste(part, (left(k), top))
     path.parent.mkdir(parents=True, exist_ok=True)
     page.quantize(64).save(path, optimize=True)
 
 
-def cloud(points: Tensor, side: int = 120, fine: int = 4, reach: float = 3.2) -> Image.Image:
+def cloud(points: Tensor, side: int = 120, fine: int = 4, reach: float = 2.8) -> Image.Image:
     """Points `[N, 3]` from above and aside; what is near is darker and larger."""
     tilt = torch.tensor(0.45)
     right, up = points[:, 0], tilt.cos() * points[:, 2] + tilt.sin() * points[:, 1]
