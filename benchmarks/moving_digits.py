@@ -175,6 +175,7 @@ class Maps(nn.Module):
 
 
 @cache
+@torch.enable_grad()
 def eye(part: str, bad: float) -> Eye:
     """Trained on one part of the digits, at rest."""
     x, y = images(13, 6000, part, bad)

@@ -197,6 +197,7 @@ class PointNet(nn.Module):
 
 
 @cache
+@torch.enable_grad()
 def pointnet() -> nn.Module:
     """Trained on real clouds."""
     net: nn.Module = seeded(0, PointNet)
