@@ -9,9 +9,9 @@ student's own clips in half of the steps. On seed 100 LCM is tuned in its rate, 
 discriminator's weight, by the sum of `motion` and `frames`, mean over one, two and four steps. Cells are written one by one,
 networks lie in `runs/moving-digits`: stopped and started again, it goes on. `--picture` draws clips of the first seed.
 
-- `motion`: energy distance of the paths of the digits' centres, from where they are in the mean, to those of other clips, in per
-  cent of that of clips at rest.
-- `bends`: how much the way from frame to frame changes, in pixels; clips bounce, and so it is above 0 for them.
+- `motion`: energy distance from other clips of the path of the digit's centre, less its mean, and of the changes of its way from
+  frame to frame, in per cent of that of clips at rest.
+- `bends`: how large these changes are, in pixels; clips bounce, and so it is above 0 for them.
 - `frames`: Frechet distance from clean frames on features of a classifier, in per cent of that of the clips' own frames.
 - `confidence`: of the same classifier, and `same`: how many frames of a clip are the digit that most of them are; per cent.
 """
@@ -237,34 +237,38 @@ def centres(x: Tensor) -> Tensor:
     )
 
 
-def paths(x: Tensor) -> Tensor:
-    """Centres less their mean over the clip."""
+def ways(x: Tensor) -> Tensor:
+    """Of each clip the path of the centre, less its mean, and the changes of its way `[N, 2 FRAMES - 2, 2]`."""
     found = centres(x)
-    return found - found.mean(1, keepdim=True)
+    return torch.cat([found - found.mean(1, keepdim=True), bends(x)], 1)
+
+
+def bends(x: Tensor) -> Tensor:
+    return centres(x).diff(n=2, dim=1)
 
 
 @cache
 def reference(seed: int) -> dict[str, Any]:
-    """What clips are compared with: the paths of others, the features of clean frames, and how far bad ones are from those."""
-    see, ways = eye("judge", 0.0), paths(clips(seed, JUDGED))
+    """What clips are compared with: the ways of others, the features of clean frames, and how far bad ones are from those."""
+    see, found = eye("judge", 0.0), ways(clips(seed, JUDGED))
     with torch.no_grad():
         clean = see.seen(images(seed + 1, 1500, "compare")[0])
         own = see.seen(clips(seed + 2, JUDGED).transpose(1, 2).flatten(0, 1))
-    still = energy_distance(torch.zeros_like(ways), ways)
-    return {"paths": ways, "clean": clean, "still": still, "own": frechet_distance(own, clean)}
+    still = energy_distance(torch.zeros_like(found), found)
+    return {"ways": found, "clean": clean, "still": still, "own": frechet_distance(own, clean)}
 
 
 @torch.no_grad()
 def judge(x: Tensor, seed: int) -> dict[str, float]:
     """See the top of the file."""
     known, see = reference(seed), eye("judge", 0.0)
-    frames, ways = x.transpose(1, 2).flatten(0, 1), paths(x)
+    frames = x.transpose(1, 2).flatten(0, 1)
     features = see.seen(frames)
     shares = see.last(features).softmax(1)
     votes = F.one_hot(shares.argmax(1), 10).view(len(x), FRAMES, 10).sum(1)
     return {
-        "motion": 100 * energy_distance(ways, known["paths"]) / known["still"],
-        "bends": float(ways.diff(n=2, dim=1).norm(dim=2).mean()),
+        "motion": 100 * energy_distance(ways(x), known["ways"]) / known["still"],
+        "bends": float(bends(x).norm(dim=2).mean()),
         "frames": 100 * frechet_distance(features, known["clean"]) / known["own"],
         "confidence": 100 * float(shares.amax(1).mean()),
         "same": 100 * float((votes.amax(1) / FRAMES).mean()),
