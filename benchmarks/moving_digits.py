@@ -284,11 +284,16 @@ def score(rows: dict[str, dict[str, float]]) -> float:
     return mean(row["motion"] + row["frames"] for row in rows.values())
 
 
+def spread(values: list[float]) -> list[float]:
+    """Mean and deviation."""
+    return [round(mean(values), 2), round(stdev(values), 2) if len(values) > 1 else 0.0]
+
+
 def summary(rows: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
     """Mean and deviation over seeds, of each number, and over the numbers of steps."""
     names = rows[0]["1"]
     rows = [{**row, "mean": {n: mean(row[str(k)][n] for k in STEPS) for n in names}} for row in rows]
-    return {k: {n: [round(f([row[k][n] for row in rows]), 2) for f in (mean, stdev)] for n in names} for k in rows[0]}
+    return {k: {n: spread([row[k][n] for row in rows]) for n in names} for k in rows[0]}
 
 
 def measure(out: Path | None) -> None:
@@ -311,16 +316,19 @@ def measure(out: Path | None) -> None:
 
         return cells(f"{arm}, lr {lr:g}, weight {weight:g}, seed {seed}", one)["steps"]
 
-    found: dict[str, Any] = {}
-    chosen = how["rates"][0]
+    chosen, found = {}, {}
+    rate = how["rates"][0]
     for arm, (_, _, game) in ARMS.items():
-        grid = [(chosen, w) for w in how["weights"]] if game else [(lr, 0.0) for lr in how["rates"]]
+        grid = [(rate, w) for w in how["weights"]] if game else [(lr, 0.0) for lr in how["rates"]]
         tried = {pair: score(cell(arm, 100, *pair)) for pair in grid}
-        lr, weight = min(tried, key=lambda pair: tried[pair])
-        chosen = lr  # LCM's, and then all arms'
-        rows = [cell(arm, seed, lr, weight) for seed in seeds]
+        rate, weight = min(tried, key=lambda pair: tried[pair])  # LCM's rate is then that of all arms
         on = {f"lr {a:g}, weight {b:g}": round(v, 2) for (a, b), v in tried.items()}
-        found[arm] = {"lr": lr, "weight": weight, "score on seed 100": on, **summary(rows)}
+        chosen[arm] = {"lr": rate, "weight": weight, "score on seed 100": on}
+    rows: dict[str, list[Any]] = {arm: [] for arm in chosen}
+    for seed in seeds:
+        for arm, own in rows.items():
+            own.append(cell(arm, seed, chosen[arm]["lr"], chosen[arm]["weight"]))
+            found[arm] = {**chosen[arm], "seeds": len(own), **summary(own)}
         cells.write(students=found)
 
 

@@ -16,7 +16,6 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
@@ -245,12 +244,14 @@ def rates(net: nn.Module) -> dict[str, float]:
     return found
 
 
+def spread(values: list[float]) -> list[float]:
+    """Mean and deviation."""
+    return [round(mean(values), 2), round(stdev(values), 2) if len(values) > 1 else 0.0]
+
+
 def summary(rows: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
     """Mean and deviation over seeds, of each number."""
-    return {
-        k: {n: [round(f([row[k][n] for row in rows]), 2) for f in (mean, stdev)] for n in found}
-        for k, found in rows[0].items()
-    }
+    return {k: {n: spread([row[k][n] for row in rows]) for n in found} for k, found in rows[0].items()}
 
 
 def measure(out: Path | None) -> None:
@@ -265,23 +266,25 @@ def measure(out: Path | None) -> None:
     for row in before:
         row.pop("cpu_s")
     cells.write(flow=summary(before))
-    found: dict[str, Any] = {}
-    for arm in arms(how["passes"]):
 
-        def one(seed: int, lr: float, arm: str = arm) -> dict[str, Any]:
+    def cell(arm: str, seed: int, lr: float) -> dict[str, Any]:
+        def one() -> dict[str, Any]:
             net, passes = student(teacher, arm, seed, lr)
             if arm == "mdt_dist" and seed == 0:
-                FOLDER.mkdir(parents=True, exist_ok=True)
                 torch.save(net.state_dict(), FOLDER / "student.pt")
             return {"passes": passes, "steps": judged(net, (1, 2), seed)}
 
-        def cell(seed: int, lr: float, arm: str = arm, one: Callable[..., Any] = one) -> dict[str, Any]:
-            return cells(f"{arm}, lr {lr:g}, seed {seed}", lambda: one(seed, lr))["steps"]
+        return cells(f"{arm}, lr {lr:g}, seed {seed}", one)["steps"]
 
-        tried = {lr: mean(row["energy"] for row in cell(100, lr).values()) for lr in how["rates"]}
-        lr = min(tried, key=lambda rate: tried[rate])
-        rows = [cell(seed, lr) for seed in seeds]
-        found[arm] = {"lr": lr, "energy on seed 100": tried, **summary(rows)}
+    chosen, found = {}, {}
+    for arm in arms(how["passes"]):
+        tried = {lr: round(mean(row["energy"] for row in cell(arm, 100, lr).values()), 2) for lr in how["rates"]}
+        chosen[arm] = {"lr": min(tried, key=lambda rate: tried[rate]), "energy on seed 100": tried}
+    rows: dict[str, list[Any]] = {arm: [] for arm in chosen}
+    for seed in seeds:
+        for arm, own in rows.items():
+            own.append(cell(arm, seed, chosen[arm]["lr"]))
+            found[arm] = {**chosen[arm], "seeds": len(own), **summary(own)}
         cells.write(students=found)
 
 
