@@ -48,7 +48,7 @@ from limbeck.prove import fit, seeded
 FRAMES, SIDE, JUDGED, STEPS, SCHEDULE = 6, 12, 500, (1, 2, 4), Cosine()
 PARTS = {"clips": (0, 500), "images": (500, 1000), "judge": (1000, 1500), "compare": (1500, 1797)}  # of the digits
 SETTINGS: dict[str, Any] = {
-    "judged": JUDGED, "denoiser": {"steps": 1500, "batch": 64, "lr": 2e-3},
+    "judged": JUDGED, "denoiser": {"rounds": [[1500, 2e-3], [1000, 1e-3]], "batch": 64},
     "students": {"updates": 250, "batch": 32, "rates": [3e-4, 1e-3], "weights": [0.1, 0.3], "seeds": 3},
 }  # fmt: skip
 ARMS = {"lcm": ("raw", 0.0, False), "lcm, discriminator": ("raw", 0.0, True), "mcm": ("learn", 0.5, True)}
@@ -132,11 +132,18 @@ def denoise(m: Roles, batch: Batch) -> Update:
     return Update("student", denoising_loss(m, "student", Draws(m, batch), batch.x, weight=weight))
 
 
-def train_denoiser(net: nn.Module) -> object:
-    how = SETTINGS["denoiser"]
-    optim = {"student": Optim("adam", lr=how["lr"], schedule="cosine", clip=1.0)}
-    source = TensorSource(clips(7, how["steps"] * how["batch"] // 8))
-    return fit(denoise, Roles(student=net), source, optim, steps=how["steps"], batch_size=how["batch"], seed=7)
+def denoiser() -> nn.Module:
+    """Trained on the clips, in rounds."""
+    net, how = seeded(7, network), SETTINGS["denoiser"]
+    for k, (steps, lr) in enumerate(how["rounds"]):
+
+        def train(net: nn.Module, seed: int = 7 + k, steps: int = steps, lr: float = lr) -> object:
+            optim = {"student": Optim("adam", lr=lr, schedule="cosine", clip=1.0)}
+            source = TensorSource(clips(seed, steps * how["batch"] // 8))
+            return fit(denoise, Roles(student=net), source, optim, steps=steps, batch_size=how["batch"], seed=seed)
+
+        net = kept(FOLDER / f"denoiser-{k + 1}.pt", net, train)
+    return net
 
 
 class Eye(nn.Module):
@@ -299,8 +306,7 @@ def summary(rows: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, list
 def measure(out: Path | None) -> None:
     how = SETTINGS["students"]
     cells = Cells(out, SETTINGS, machine=machine("scikit-learn"))
-    teacher = kept(FOLDER / "denoiser.pt", seeded(7, network), train_denoiser)
-    seeds = range(how["seeds"])
+    teacher, seeds = denoiser(), range(how["seeds"])
     others = {"other clips": True, "clean clips": False}
     for name, bad in others.items():
         cells(name, lambda bad=bad: judge(clips(77, JUDGED, "clips" if bad else "compare", bad), 6000))  # type: ignore[misc]
@@ -337,7 +343,7 @@ def picture(out: Path | None, path: Path) -> None:
     from pictures import filmstrips
 
     cells = Cells(out, SETTINGS)
-    teacher = kept(FOLDER / "denoiser.pt", seeded(7, network), train_denoiser)
+    teacher = denoiser()
     still = images(3, 18)[0].view(3, 6, 1, SIDE, SIDE).transpose(1, 2)
     rows = {"clips": clips(77, 3), "images": still, "denoiser, 50 steps": along(teacher, 50, 5000)[:3]}
     for arm, found in cells.result["students"].items():
