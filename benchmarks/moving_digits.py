@@ -48,8 +48,8 @@ from limbeck.prove import fit, seeded
 FRAMES, SIDE, JUDGED, STEPS, SCHEDULE = 6, 12, 500, (1, 2, 4), Cosine()
 PARTS = {"clips": (0, 500), "images": (500, 1000), "judge": (1000, 1500), "compare": (1500, 1797)}  # of the digits
 SETTINGS: dict[str, Any] = {
-    "judged": JUDGED, "denoiser": {"rounds": [[1500, 2e-3], [1000, 1e-3]], "batch": 64},
-    "students": {"updates": 250, "batch": 32, "rates": [3e-4, 1e-3], "weights": [0.1, 0.3], "seeds": 3},
+    "judged": JUDGED, "denoiser": {"rounds": [[1500, 2e-3], [700, 1e-3]], "batch": 64},
+    "students": {"updates": 200, "batch": 32, "rates": [3e-4, 1e-3], "weights": [0.1, 0.3], "seeds": 3},
 }  # fmt: skip
 ARMS = {"lcm": ("raw", 0.0, False), "lcm, discriminator": ("raw", 0.0, True), "mcm": ("learn", 0.5, True)}
 FOLDER = Path("runs/moving-digits")
