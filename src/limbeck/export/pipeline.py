@@ -51,10 +51,9 @@ def to_pipeline(student: nn.Module, pipeline: Any, path: str | os.PathLike[str])
             "the student holds no network of the pipeline's kind", where="student", found=type(student).__name__,
             expected="a module around a " + type(own).__name__ if own is not None else "a pipeline with a unet or transformer",
         )  # fmt: skip
-    own_steps = {
-        k: v for k, v in pipeline.scheduler.config.items() if not k.startswith("_")
-    }  # or defaults would be the new kind's
-    scheduler = _scheduler(diffusers, student, own_steps)
+    # Without the notes that diffusers keeps of what was a default, which would then be that of the new kind.
+    config = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    scheduler = _scheduler(diffusers, student, config)
     made = type(pipeline)(**{**pipeline.components, name: found, "scheduler": scheduler})
     made.save_pretrained(path, safe_serialization=True)
     return Path(path)
@@ -74,11 +73,8 @@ def _scheduler(diffusers: Any, student: nn.Module, config: dict[str, Any]) -> An
     settings: dict[str, Any] = {"prediction_type": denoiser.prediction, "clip_sample": False, "thresholding": False}
     settings |= {"set_alpha_to_one": True, "timestep_spacing": "trailing", "original_inference_steps": len(times)}
     if flow:  # evenly from 1 to the last time
-        settings = {
-            "shift": 1.0,
-            "use_dynamic_shifting": False,
-            "shift_terminal": times[-1] if len(times) > 1 else None,
-        }
+        last = times[-1] if len(times) > 1 else None
+        settings = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": last}
     if noise in _KINDS[flow]:
         kind = getattr(diffusers, _KINDS[flow][noise])
         known = set(inspect.signature(kind).parameters)
