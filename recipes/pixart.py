@@ -40,7 +40,7 @@ class Prompted(nn.Module):
 
 def teacher() -> nn.Module:
     """The structure, with random weights; `@FILE` fills it, the prompt of no words among them."""
-    net = PixArtTransformer2DModel(sample_size=64, num_attention_heads=16, attention_head_dim=72, num_layers=28)
+    net = PixArtTransformer2DModel(sample_size=64, num_layers=28, caption_channels=WIDTH)
     return denoiser(net, packed(torch.zeros(LENGTH, WIDTH), torch.ones(LENGTH)))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from limbeck.core.errors import UsageError
-from limbeck.diffusion import Denoiser, Sampler, Table
+from limbeck.diffusion import Denoiser, RectifiedFlow, Sampler, Table
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -65,6 +65,59 @@ def test_several_steps_are_those_of_the_student(tmp_path):
     torch.testing.assert_close(found, second, rtol=1e-2, atol=1e-2)
 
 
+def test_steps_without_new_noise_are_ddims(tmp_path):
+    pipeline, student = pieces()
+    from limbeck.export.pipeline import to_pipeline
+
+    sampler = Sampler(student, (1.0, 0.5), "ddim")
+    to_pipeline(sampler, pipeline, tmp_path)
+    z, prompts = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 16)
+    with torch.no_grad():
+        expected = sampler(z / student.schedule.sigma(torch.ones(1)), condition=prompts)
+    torch.testing.assert_close(sampled(tmp_path, z, prompts, 2), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("times", "noise"),
+    [((1.0,), "fresh"), ((1.0, 0.75, 0.5, 0.25), "fresh"), ((1.0, 0.75), "ddim"), ((1.0, 0.5), "ddim")],
+)
+def test_the_pipeline_of_a_flow_takes_its_steps(tmp_path, times, noise):
+    from limbeck.export.pipeline import to_pipeline
+
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "caption_projection_dim": 16}
+    inputs = {"joint_attention_dim": 8, "pooled_projection_dim": 6, "pos_embed_max_size": 8, "sample_size": 8}
+    net = diffusers.SD3Transformer2DModel(**sizes, **inputs, in_channels=4, out_channels=4).eval()
+    pooled, prompts, z = torch.randn(1, 6), torch.randn(1, 3, 8), torch.randn(1, 4, 8, 8)
+
+    class Told(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x, time, prompt):
+            return self.net(x, encoder_hidden_states=prompt, pooled_projections=pooled, timestep=time).sample
+
+    student = Denoiser(Told(), RectifiedFlow(), "flow_prediction", time_scale=1000)
+    absent = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer=net, vae=diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), **dict.fromkeys(absent),
+    )  # fmt: skip
+    to_pipeline(Sampler(student, times, noise), pipeline, tmp_path)
+    loaded = diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path, **dict.fromkeys(absent))
+    loaded.set_progress_bar_config(disable=True)
+    torch.manual_seed(1)  # this pipeline gives its generator to the first noise alone
+    found = loaded(
+        prompt_embeds=prompts, pooled_prompt_embeds=pooled, latents=z, num_inference_steps=len(times), guidance_scale=1.0,
+        output_type="latent",
+    ).images  # fmt: skip
+    torch.manual_seed(1)
+    with torch.no_grad():
+        drawn = Sampler(student, times, noise)(z, condition=prompts)
+    torch.testing.assert_close(found, drawn, rtol=1e-3, atol=1e-3)
+
+
 def test_what_does_not_fit(tmp_path):
     from limbeck.export.pipeline import to_pipeline
 
@@ -74,5 +127,5 @@ def test_what_does_not_fit(tmp_path):
     with pytest.raises(UsageError, match="no scheduler for these steps"):
         to_pipeline(Sampler(student, (0.625, 0.3)), pipeline, tmp_path)
     with pytest.raises(UsageError, match="no scheduler for these steps"):
-        to_pipeline(Sampler(student, (1.0, 0.5), "ddim"), pipeline, tmp_path)
+        to_pipeline(Sampler(student, (1.0, 0.5), "fixed"), pipeline, tmp_path)
     assert not list(tmp_path.iterdir())

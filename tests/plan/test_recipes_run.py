@@ -72,6 +72,10 @@ TEXTS = {
     "dwa-imagenet-resnet18": "has a test of its own below",
     "cv-dd-imagenet": "has a test of its own below",
     "infer-imagenet": "has a test of its own below",
+    "swiftbrush-sdxl": "has a test of its own below",
+    "snoopi-pixart": "has a test of its own below",
+    "sid-cifar10": "has a test of its own below",
+    "dmd-cifar10": "has a test of its own below",
 }
 
 
@@ -597,6 +601,176 @@ def test_the_recipe_of_several_students_takes_real_steps(tmp_path: Path, monkeyp
     z, y = torch.randn(4, 3, 16, 16), torch.arange(4)
     with torch.no_grad():
         assert loaded(z, condition=y).equal(result.roles.student.module.eval()(z, condition=y))
+
+
+def stepped(name: str, code: str, folder: Path, names: dict[str, str], **more: Any) -> Any:
+    """A recipe with models and data of this code, run for two steps; checked for what holds for all few-step methods."""
+    (folder / "small.py").write_text(code)
+    given: dict[str, Any] = {field: f"{folder / 'small.py'}:{function}" for field, function in names.items()}
+    given |= {"engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu",
+              "engine.precision": "fp32", "out": str(folder / "run")} | more  # fmt: skip
+    job = build(
+        Recipe.load(RECIPES / f"{name}.yaml", [f"{field}={json.dumps(value)}" for field, value in given.items()])
+    )
+    frozen = [p.clone() for p in job.roles.teacher.parameters()]
+    result = run(job, progress="off")
+    student = result.roles.student.module.eval()
+    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(frozen, student.parameters(), strict=True))
+    loaded, batch = load(folder / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
+    z = torch.randn(batch.x.shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        made = student(z, condition=batch.y)
+        assert loaded(z, condition=batch.y).equal(made)
+    return result, z, batch.y, made
+
+
+XL = """
+import torch
+from diffusers import UNet2DConditionModel
+from stable_diffusion_xl import Data, Noise, Prompted, denoiser
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+def text(kind, width):
+    sizes = {"hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ends = {"vocab_size": 10, "max_position_embeddings": 6, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    return kind(CLIPTextConfig(**sizes, **ends, projection_dim=12))
+
+def teacher():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    added = {"addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 36}
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4, cross_attention_dim=20,
+        attention_head_dim=4, transformer_layers_per_block=2, use_linear_projection=True, **blocks, **added
+    )
+    unet.enable_gradient_checkpointing()
+    net = Prompted(unet, text(CLIPTextModel, 8), text(CLIPTextModelWithProjection, 12), size=8)
+    return denoiser(net, 6)
+
+def prompts():
+    tokens = torch.tensor([[[0, 2, 3, 1, 1, 1]] * 2, [[0, 4, 5, 6, 1, 1]] * 2])
+    return Data(train=Noise((4, 8, 8), conditions=tokens.repeat(8, 1, 1)))
+"""
+
+
+def test_the_recipe_of_sdxl_takes_a_real_step_and_is_a_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("peft")
+    from limbeck.export.pipeline import to_pipeline
+
+    monkeypatch.syspath_prepend(RECIPES)
+    names = {"teacher": "teacher", "data": "prompts"}
+    result, z, tokens, made = stepped(
+        "swiftbrush-sdxl", XL, tmp_path, names, **{"method.fake_rank": 2, "method.fake_alpha": 2}
+    )
+    learned = [name for name, p in result.roles.fake.named_parameters() if p.requires_grad]
+    assert learned
+    assert all("attn" in name and "lora" in name for name in learned)
+    teacher = result.roles.teacher.module
+    with torch.no_grad():
+        states, pooled = teacher.net.encoded(teacher.null.expand(2, 2, 6))
+        assert not states.any()
+        assert not pooled.any()
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        vae=vae, unet=teacher.net.unet, text_encoder=teacher.net.text, text_encoder_2=teacher.net.pooled,
+        tokenizer=None, tokenizer_2=None, scheduler=diffusers.EulerDiscreteScheduler(**betas),
+    )  # fmt: skip
+    to_pipeline(result.roles.student.module, pipeline, tmp_path / "pipeline")
+    again = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "pipeline", tokenizer=None, tokenizer_2=None)
+    again.set_progress_bar_config(disable=True)
+    encode = type(teacher.net)(again.unet, again.text_encoder, again.text_encoder_2).encoded
+    with torch.no_grad():
+        prompts, pooled = encode(tokens)
+    start = z * teacher.schedule.sigma(torch.ones(1))  # diffusers begins with the noise itself
+    found = again(
+        prompt_embeds=prompts, pooled_prompt_embeds=pooled, latents=start, num_inference_steps=1, guidance_scale=1.0,
+        output_type="latent",
+    ).images  # fmt: skip
+    torch.testing.assert_close(found, made, rtol=1e-3, atol=1e-3)
+
+
+PIXART = """
+import torch
+from diffusers import PixArtTransformer2DModel
+from pixart import Data, Noise, denoiser, packed
+
+def teacher():
+    torch.manual_seed(0)
+    sizes = {"sample_size": 8, "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8}
+    net = PixArtTransformer2DModel(**sizes, cross_attention_dim=16, caption_channels=6)
+    return denoiser(net, packed(torch.zeros(5, 6), torch.ones(5)))
+
+def prompts():
+    states = torch.randn(16, 5, 6, generator=torch.Generator().manual_seed(0))
+    return Data(train=Noise((4, 8, 8), conditions=packed(states, (torch.arange(5) < 3).expand(16, 5))))
+"""
+
+
+def test_the_recipe_of_pixart_takes_a_real_step_and_is_a_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    from limbeck.export.pipeline import to_pipeline
+
+    monkeypatch.syspath_prepend(RECIPES)
+    result, z, told, made = stepped("snoopi-pixart", PIXART, tmp_path, {"teacher": "teacher", "data": "prompts"})
+    student = result.roles.student.module
+    with torch.no_grad():
+        other = torch.cat([told[:, :3], told[:, 3:].flip(0) * torch.tensor([2.0] * 6 + [0.0])], 1)
+        assert student(z, condition=other).equal(made)  # what the mask leaves out is not read
+    vae = diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4)
+    absent: dict[str, Any] = {"tokenizer": None, "text_encoder": None}
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
+    transformer = result.roles.teacher.module.net.net
+    pipeline = diffusers.PixArtAlphaPipeline(vae=vae, transformer=transformer, scheduler=scheduler, **absent)
+    to_pipeline(student, pipeline, tmp_path / "pipeline")
+    again = diffusers.PixArtAlphaPipeline.from_pretrained(tmp_path / "pipeline", **absent)
+    again.set_progress_bar_config(disable=True)
+    found = again(
+        negative_prompt=None, prompt_embeds=told[..., :-1], prompt_attention_mask=told[..., -1], num_inference_steps=1,
+        latents=z * student.schedule.sigma(torch.ones(1)), guidance_scale=1.0, output_type="latent", height=8, width=8,
+        use_resolution_binning=False,
+    ).images  # fmt: skip
+    torch.testing.assert_close(found, made, rtol=1e-3, atol=1e-3)
+
+
+PRECONDITIONED = """
+import torch
+from cifar10_edm import Data, Noise, TensorSource, denoiser
+
+def teacher():
+    torch.manual_seed(0)
+    return denoiser(8, 1, classes=4)
+
+def noise():
+    return Data(train=Noise((3, 16, 16), 16, classes=4))
+
+def images():
+    x = torch.randn(16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    return Data(train=TensorSource(x, torch.arange(16) % 4))
+"""
+
+
+@pytest.mark.parametrize(("name", "data"), [("sid-cifar10", "noise"), ("dmd-cifar10", "images")])
+def test_a_recipe_of_cifar10_takes_a_real_step(
+    name: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("diffusers")
+    monkeypatch.syspath_prepend(RECIPES)
+    result, z, y, made = stepped(name, PRECONDITIONED, tmp_path, {"teacher": "teacher", "data": data})
+    if name.startswith("sid"):  # one step, from the noise of the published run, under the preconditioning of EDM
+        (sigma,) = result.roles.student.module.times.tolist()
+        assert sigma == pytest.approx(2.5, abs=0.05)
+        net, total = result.roles.student.module.denoiser.net, (sigma**2 + 0.25) ** 0.5
+        with torch.no_grad():
+            raw = net(sigma * z / total, torch.full((2,), sigma).log() / 4, y)
+        expected = (0.25 * sigma * z / total + sigma * 0.5 * raw) / total
+        torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-4)
 
 
 # Small networks of the classes of torchvision's models that remember batch statistics.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from pathlib import Path
 from typing import Any
@@ -12,18 +13,23 @@ from limbeck.core.errors import UsageError, require
 from limbeck.diffusion.sampler import Sampler
 
 _PARTS = ("unet", "transformer")
+# By whether the student is a flow, and by its noise.
+_KINDS = {
+    False: {"fresh": "LCMScheduler", "ddim": "DDIMScheduler"},
+    True: {"fresh": "FlowMatchLCMScheduler", "ddim": "FlowMatchEulerDiscreteScheduler"},
+}
 
 
 def to_pipeline(student: nn.Module, pipeline: Any, path: str | os.PathLike[str]) -> Path:
     """Write a pipeline with the student's network in the place of its own, and a scheduler that takes the student's steps.
 
-    `DiffusionPipeline.from_pretrained(path)` loads it; call it with as many `num_inference_steps` as the student has, and a
-    `guidance_scale` of 1, for guidance is in the weights. Steps are whole timesteps, as diffusers has them: those of a student
-    whose times lie between two are rounded down.
+    `DiffusionPipeline.from_pretrained(path)` loads it; call it with as many `num_inference_steps` as the student has, a number
+    that pipelines do not store, and a `guidance_scale` of 1, for guidance is in the weights. But for flows, steps are whole
+    timesteps in diffusers: those of a student whose times lie between two are rounded down.
 
     Args:
-        student: A `Denoiser`, or a `Sampler` with `fresh` noise, around a network of the pipeline's kind, of epsilon, sample or
-            v-prediction; adapters are merged.
+        student: A `Denoiser`, or a `Sampler` with `fresh` or `ddim` noise, around a network of the pipeline's kind; adapters are
+            merged.
         pipeline: The teacher's pipeline, with text encoder and autoencoder; not changed.
         path: The folder.
 
@@ -45,20 +51,41 @@ def to_pipeline(student: nn.Module, pipeline: Any, path: str | os.PathLike[str])
             "the student holds no network of the pipeline's kind", where="student", found=type(student).__name__,
             expected="a module around a " + type(own).__name__ if own is not None else "a pipeline with a unet or transformer",
         )  # fmt: skip
-    times = [1.0] if not isinstance(student, Sampler) else [float(t) / student.schedule.last for t in student.times]
-    count = len(times)
-    even = all(abs(t - (1 - i / count)) < 1e-4 for i, t in enumerate(times))
-    if not even or (isinstance(student, Sampler) and count > 1 and student.noise != "fresh"):
-        raise UsageError(
-            "diffusers has no scheduler for these steps", where="student.times, student.noise",
-            found=f"{[round(t, 3) for t in times]}", expected="even steps from 1 on, with fresh noise between them",
-            fix="train with start=1 and noise=fresh, or sample with the student itself",
-        )  # fmt: skip
-    denoiser: Any = student.denoiser if isinstance(student, Sampler) else student
-    scheduler = diffusers.LCMScheduler.from_config(
-        pipeline.scheduler.config, original_inference_steps=count, prediction_type=denoiser.prediction,
-        clip_sample=False, thresholding=False, set_alpha_to_one=True,
-    )  # fmt: skip
+    # Without the notes that diffusers keeps of what was a default, which would then be that of the new kind.
+    config = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
+    scheduler = _scheduler(diffusers, student, config)
     made = type(pipeline)(**{**pipeline.components, name: found, "scheduler": scheduler})
     made.save_pretrained(path, safe_serialization=True)
     return Path(path)
+
+
+def _scheduler(diffusers: Any, student: nn.Module, config: dict[str, Any]) -> Any:
+    """What takes the student's steps, made of the pipeline's own settings, and tried.
+
+    Raises:
+        UsageError: There is no such scheduler.
+    """
+    denoiser: Any = student.denoiser if isinstance(student, Sampler) else student
+    times, noise = [denoiser.schedule.last], "fresh"
+    if isinstance(student, Sampler):
+        times, noise = [float(t) for t in student.times], student.noise if student.steps > 1 else "fresh"
+    flow = denoiser.prediction == "flow_prediction"
+    settings: dict[str, Any] = {"prediction_type": denoiser.prediction, "clip_sample": False, "thresholding": False}
+    settings |= {"set_alpha_to_one": True, "timestep_spacing": "trailing", "original_inference_steps": len(times)}
+    if flow:  # evenly from 1 to the last time
+        last = times[-1] if len(times) > 1 else None
+        settings = {"shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": last}
+    if noise in _KINDS[flow]:
+        kind = getattr(diffusers, _KINDS[flow][noise])
+        known = set(inspect.signature(kind).parameters)
+        settings = {name: value for name, value in settings.items() if name in known}
+        tried = kind.from_config(config, **settings)
+        tried.set_timesteps(len(times))
+        if all(abs(denoiser.time_scale * t - float(s)) < 1 for t, s in zip(times, tried.timesteps, strict=True)):
+            return kind.from_config(config, **settings)
+    raise UsageError(
+        "diffusers has no scheduler for these steps", where="student.times, student.noise",
+        found=f"{[round(t, 3) for t in times]}, {noise}",
+        expected="even steps from 1 on, of a flow also two uneven ones, with noise fresh or ddim",
+        fix="train with start=1 and noise=fresh, or sample with the student itself",
+    )  # fmt: skip

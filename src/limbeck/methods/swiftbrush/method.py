@@ -44,7 +44,7 @@ class SwiftBrush(Method):
         ema: Decay of an average of the student, the role `student_average`; 0 for none.
         fake_rank: Of adapters on the teacher's own weights, by which alone `fake` learns (LoRA, 64 in the paper); the default, 0,
             is a whole copy, with which the proof was made.
-        fake_alpha: Of the adapters, 108 in the paper.
+        fake_alpha: Of the adapters, over their rank: 108 with 64 in the authors' run.
         fake_targets: Ends of the paths of the layers that get one, such as `to_q`; empty for all linear and convolution layers.
 
     Example:
