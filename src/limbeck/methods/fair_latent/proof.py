@@ -155,8 +155,8 @@ def arm(how: str) -> Arm:
 PROOF = Proof(
     claim="Rows drawn from a fair latent space give a classifier that treats groups alike where the real rows do not, also where "
     "the encoder is a small one that learned from a big one (Sikder et al. 2024)",
-    task=f"{TRAIN} drawn rows of 8 columns whose decision prefers one group; autoencoders of 64 units and 8 latents, small encoders "
-    f"of 8; {STEPS} steps of {BATCH}; a logistic regression on the rows without the group, {STEPS} steps of {BATCH} in all arms, "
+    task=f"{TRAIN} drawn rows of 8 columns whose decision prefers one group; autoencoders of 64 units and 8 latents, small "
+    f"encoders of 8; {STEPS} steps of {BATCH}; a logistic regression on the rows without the group, as many steps in all arms, "
     f"judged on 1500 real ones, the mean of {TABLES} tables; each arm is tuned for accuracy on validation rows",
     metric="demographic parity ratio (%)",
     arms={
