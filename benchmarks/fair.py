@@ -26,7 +26,7 @@ from limbeck.methods.fair_latent.method import FairLatent, TakeDecoder
 from limbeck.nn.vae import ImageVAE, TableVAE
 from limbeck.prove import fit, seeded
 
-RATES, STEPS, BATCH, LATENT, COMPARED = (3e-3, 1e-2), 400, 128, 8, 1000
+RATES, STEPS, BATCH, LATENT, COMPARED = (3e-3, 1e-2), 300, 128, 8, 1000
 WAYS = ("real samples", "literal decoding", "plain vae", "small from scratch", "fair teacher", "student")
 INKS = torch.tensor([[1.0, 0.3, 0.3], [0.3, 1.0, 0.3]])
 
