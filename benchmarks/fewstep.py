@@ -394,7 +394,7 @@ def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
         table: dict[str, Any] = {}
         for arm in ("teacher", *task.arms):
             lr = 0.0 if arm == "teacher" else chosen(trials, name, arm)
-            mine = [t for t in trials if (t["task"], t["arm"], t["lr"]) == (name, arm, lr) and t["seed"] != TUNING]
+            mine = [t for t in trials if (t["task"], t["arm"], t["lr"]) == (name, arm, lr) and t["seed"] in task.seeds]
             for label in mine[0]["rows"] if mine else ():
                 each = [t["rows"][label] for t in mine]
                 line: dict[str, Any] = {
