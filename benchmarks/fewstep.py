@@ -192,12 +192,20 @@ def along(steps: int) -> Callable[[nn.Module], tuple[Generator, int]]:
     return lambda s: (lambda z, y: flow(s, z, FLOW, steps, y), steps)
 
 
+def again(steps: int) -> Callable[[nn.Module], tuple[Generator, int]]:
+    """A denoiser in even steps, with fresh noise between them."""
+    return lambda s: own(Sampler(s, FLOW.grid(steps)[:-1].tolist()))
+
+
 def averaged(steps: int) -> Callable[[nn.Module], tuple[Generator, int]]:
     """A student of average velocities in even steps."""
     return lambda s: own(Sampler(s.denoiser, FLOW.grid(steps)[:-1].tolist(), "ddim"))  # type: ignore[arg-type]
 
 
-TEACHER = {f"teacher, {n} step{'s' * (n > 1)}": along(n) for n in (50, 8, 4, 2, 1)}
+TEACHER = {  # as it is: along its flow, and with noise again between steps, as students of several steps are sampled
+    "teacher": {f"teacher, {n} step{'s' * (n > 1)}": along(n) for n in (50, 8, 4, 2, 1)},
+    "teacher, fresh noise": {f"teacher, {n} steps, fresh noise": again(n) for n in (4, 2)},
+}
 ARMS = {
     "consistency": Arm(
         consistency, {f"consistency, {n} step{'s' * (n > 1)}": by_consistency(n) for n in (1, 2, 4)}, real=True
@@ -335,11 +343,11 @@ def measured(name: str, arm: Arm, student: nn.Module, seed: int) -> dict[str, An
     return {"validation": validation, "rows": rows}
 
 
-def plain(name: str, seed: int) -> dict[str, Any]:
+def plain(name: str, arm: str, seed: int) -> dict[str, Any]:
     """The teacher itself, and the training images in the place of samples."""
     task = TASKS[name]
     real = whole(splits()[0])
-    found = measured(name, Arm(denoise, TEACHER), teacher(name), seed)
+    found = measured(name, Arm(denoise, TEACHER[arm]), teacher(name), seed)
     found["rows"]["training images"] = {**judged(task, real.x[:1000], real.y[:1000], 2), "nfe": 0, "seconds": 0.0}
     return {"minutes": 0.0, **found}
 
@@ -363,7 +371,7 @@ class Trials:
         for found in self.rows():
             if key.items() <= found.items():
                 return found
-        found = {**key, **(plain(name, seed) if arm == "teacher" else trial(name, arm, seed, lr))}
+        found = {**key, **(plain(name, arm, seed) if arm in TEACHER else trial(name, arm, seed, lr))}
         with self.path.open("a") as file:
             file.write(json.dumps(found) + "\n")
         first = next(iter(found["rows"].values()))
@@ -392,9 +400,9 @@ def summary(trials: list[dict[str, Any]]) -> dict[str, Any]:
     tables: dict[str, Any] = {}
     for name, task in TASKS.items():
         table: dict[str, Any] = {}
-        for arm in ("teacher", *task.arms):
-            lr = 0.0 if arm == "teacher" else chosen(trials, name, arm)
-            mine = [t for t in trials if (t["task"], t["arm"], t["lr"]) == (name, arm, lr) and t["seed"] != TUNING]
+        for arm in (*TEACHER, *task.arms):
+            lr = 0.0 if arm in TEACHER else chosen(trials, name, arm)
+            mine = [t for t in trials if (t["task"], t["arm"], t["lr"]) == (name, arm, lr) and t["seed"] in task.seeds]
             for label in mine[0]["rows"] if mine else ():
                 each = [t["rows"][label] for t in mine]
                 line: dict[str, Any] = {
@@ -420,10 +428,10 @@ def run(trials: Trials, name: str, arms: tuple[str, ...]) -> None:
     task = TASKS[name]
     for seed in task.seeds:
         for arm in arms:
-            rates = task.rates if arm != "teacher" and len(task.rates) > 1 else ()
+            rates = task.rates if arm not in TEACHER and len(task.rates) > 1 else ()
             for lr in rates:
                 trials.get(name, arm, lr, TUNING)
-            trials.get(name, arm, 0.0 if arm == "teacher" else chosen(trials.rows(), name, arm), seed)
+            trials.get(name, arm, 0.0 if arm in TEACHER else chosen(trials.rows(), name, arm), seed)
 
 
 def main() -> None:
@@ -433,7 +441,7 @@ def main() -> None:
     parser.add_argument(
         "--arms",
         nargs="*",
-        choices=["teacher", *ARMS, []],
+        choices=[*TEACHER, *ARMS, []],
         help="only these, in this order, for several processes at once",
     )
     parser.add_argument("--out", type=Path)
@@ -445,7 +453,7 @@ def main() -> None:
         teacher(name)
         right = accuracy(Roles(student=judge()), splits()[2])
         print(f"{name}: the classifier is right in {right:.1f} % of the test images", flush=True)
-        run(trials, name, tuple(given.arms or ("teacher", *task.arms)))
+        run(trials, name, tuple(given.arms or (*TEACHER, *task.arms)))
     report(summary(trials.rows()), given.out)
 
 
