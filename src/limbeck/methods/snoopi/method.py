@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from limbeck.convert.slicing import Slice
 from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
-from limbeck.core.method import Method
-from limbeck.core.optim import Ema
 from limbeck.core.roles import Role, Roles
-from limbeck.core.stages import Convert, Stage, Train
-from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
-from limbeck.diffusion.objectives import Elements, per_sample, surrogate
-from limbeck.diffusion.score_gap import alpha_weight, drawn_scale, score_gap
-from limbeck.diffusion.scores import check_denoisers, check_follower, check_samples, denoising_loss
-from limbeck.diffusion.signs import FOLLOWER_LIMITS
+from limbeck.diffusion.score_gap import drawn_scale, score_gap
 from limbeck.methods.checks import check_field
+from limbeck.methods.score_distillation import ScoreDistillation
 from limbeck.nn.nasa import away
 
 
 @dataclass(frozen=True)
-class SNOOPI(Method):
+class SNOOPI(ScoreDistillation):
     """Variational score distillation under a random scale of guidance, with negative prompts (Nguyen et al. 2024).
 
     PG-SB: the student's gradient on `x = D_student(sigma_T z, T, y)` is `sigma_t^2 (e_teacher^k - e_fake^k)`, both guided by the
@@ -38,13 +29,9 @@ class SNOOPI(Method):
         guidance: The ends of the range of k; that each sample draws its own is inferred.
         nasa: Whether it is trained with negative prompts, `batch.negative`.
         nasa_scale: The ends of the range of the scale by which cross-attention leads away from them.
-        times: Between which shares of the schedule the student is judged.
-        fake_times: Between which `fake` learns.
-        dropout: Share of samples for which `fake` is told nothing, without which its guidance means nothing.
-        elements: Whether a sample's elements are averaged or add up.
-        ema: Decay of an average of the student, the role `student_average`; 0 for none.
 
     Example:
+        >>> import torch
         >>> from limbeck.diffusion import Denoiser, RectifiedFlow
         >>> from limbeck.nn.time_mlp import TimeMLP
         >>> net = lambda: Denoiser(TimeMLP(2, 8, classes=3), RectifiedFlow(), "flow_prediction", null=3)
@@ -54,35 +41,18 @@ class SNOOPI(Method):
         ['student', 'fake']
     """
 
-    trains: ClassVar[tuple[str, ...]] = ("student",)
-    makes: ClassVar[tuple[str, ...]] = ("fake",)
-    logits: ClassVar[tuple[str, ...]] = ()
-    limits = FOLLOWER_LIMITS
-
     guidance: tuple[float, float] = (0.5, 4.0)
     nasa: bool = False
     nasa_scale: tuple[float, float] = (0.0, 1.0)
-    times: tuple[float, float] = (0.02, 0.98)
-    fake_times: tuple[float, float] = (0.001, 1.0)
-    dropout: float = 0.1
-    elements: Elements = "mean"
-    ema: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("guidance", "nasa_scale"):
             low, high = getattr(self, name)
             check_field(name, (low, high), 0 <= low <= high, "0 <= from <= to")
-        for name in ("times", "fake_times"):
-            low, high = getattr(self, name)
-            check_field(name, (low, high), 0 < low < high <= 1, "0 < from < to <= 1")
-        check_field("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
-        check_field("elements", self.elements, self.elements in ("sum", "mean"), "sum | mean")
-        check_field("ema", self.ema, 0 <= self.ema < 1, "in [0, 1)")
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Denoisers of one schedule and of samples of one shape; for NASA negative prompts and a student that attends to them."""
-        check_denoisers(m, "teacher", "student", "fake", batch=batch)
-        check_follower(m)
         if "y" not in batch:
             raise UsageError(
                 "guidance needs conditions", where="batch.y", found=repr(batch), fix="Noise(..., classes=C)"
@@ -92,31 +62,14 @@ class SNOOPI(Method):
                 "nasa needs a negative prompt for each sample", where="batch.negative", found=repr(batch),
                 expected="in the form of batch.y", fix="Noise(..., conditions=prompts, negatives=negative_prompts)",
             )  # fmt: skip
-        with torch.no_grad():
-            check_samples(self.generate(m, batch), batch.x)
+        super().check(m, batch)
 
-    def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
-        """A copy of the teacher that follows the student, then both in turns."""
-        if "fake" not in m:
-            yield Convert("fake", Slice({}), of="teacher", name="copy the teacher")
-        average = {"student_average": Ema("student", self.ema)} if self.ema else {}
-        yield Train(self.step, roles={"student": None, "fake": None}, frozen=self.frozen, data=data.train, ema=average)
-
-    def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
-        """One update of the student and one of what follows it."""
-        draws = Draws(m, batch)
-        x, scale, logs = self.generate(m, batch), drawn_scale(self.guidance, draws), dict[str, Tensor]()
-        gap = score_gap(
-            m, draws, x, batch.y, scale=scale, fake_scale=scale, times=self.times,
-            negative=batch.negative if self.nasa else None, logs=logs,
-        )  # fmt: skip
-        logs["gap"] = per_sample(gap.square()).sqrt().mean()
-        yield Update("student", surrogate(x, gap, self.elements), logs=logs)
-        loss = denoising_loss(
-            m, "fake", draws, x, batch.y, times=self.fake_times, dropout=self.dropout, weight=alpha_weight,
-            elements=self.elements,
-        )  # fmt: skip
-        yield Update("fake", loss)
+    def gap(self, m: Roles, draws: Draws, batch: Batch, x: Tensor, logs: dict[str, Tensor]) -> Tensor:
+        """Of two networks under a drawn scale of guidance, the teacher's away from the negative prompts."""
+        scale, negative = drawn_scale(self.guidance, draws), batch.negative if self.nasa else None
+        return score_gap(
+            m, draws, x, batch.y, scale=scale, fake_scale=scale, times=self.times, negative=negative, logs=logs
+        )
 
     def generate(self, m: Roles, batch: Batch) -> Tensor:
         """The student's samples for the noise `batch.x` and the conditions `batch.y`, away from `batch.negative`."""
