@@ -818,7 +818,7 @@ def test_a_recipe_of_recovery_takes_real_steps(
 
     few = Training(steps=2)
     monkeypatch.setattr(tasks, "Condensation", lambda source, size: Condensation(source, size, few))
-    images(tmp_path)
+    images(tmp_path, each=16)  # mosaics are of four patches
     (tmp_path / "small.py").write_text(REMEMBERING)
     specs = [f"{tmp_path / 'small.py'}:{teacher}" for teacher in teachers]
     given: dict[str, Any] = {
