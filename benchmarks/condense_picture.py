@@ -38,7 +38,7 @@ def rows_of(folder: Path) -> list[tuple[str, str, list[Image.Image]]]:
     assert infer.compensators is not None
     added = infer.compensators.detach()[:10]
     reach = float(added.abs().max())
-    found.append(("INFER", f"added to real ones, ± {reach:.1f}", [tile(image, -reach, reach) for image in added]))
+    found.append(("INFER", f"added to images, ± {reach:.1f}", [tile(image, -reach, reach) for image in added]))
     return found
 
 
@@ -60,7 +60,7 @@ def gallery(folder: Path, out: Path, classes: Sequence[str], result: Mapping[str
     draw = ImageDraw.Draw(page)
     for k, name in enumerate(classes):
         draw.text((LEFT + k * (CELL + GAP) + CELL / 2, TOP / 2), name, FAINT, small, "mm")
-    draw.text((LEFT + len(classes) * (CELL + GAP) + GAP, TOP / 2), "hard / soft, %", FAINT, small, "lm")
+    draw.text((LEFT + len(classes) * (CELL + GAP) + GAP, TOP / 2), "hard / soft %", FAINT, small, "lm")
     y = TOP
     for i, (name, remark, tiles) in enumerate(rows):
         if i in breaks:
