@@ -30,13 +30,15 @@ def rows_of(folder: Path) -> list[tuple[str, str, list[Image.Image]]]:
     """Name, remark and tiles of each row, those of the first seed."""
     found = []
     for name in (*REAL, *MADE):
+        if not (folder / f"{name}-1-0").is_dir():  # it has not been made yet
+            continue
         small = Condensed.load(folder / f"{name}-1-0")
         found.append((name, "", [tile(image) for image in small.x.detach()]))
     infer = Condensed.load(folder / "INFER-10-0")
     assert infer.compensators is not None
     added = infer.compensators.detach()[:10]
     reach = float(added.abs().max())
-    found.append(("INFER", f"added to real ones, ± {reach:.1f}", [tile(image, -reach, reach) for image in added]))
+    found.append(("INFER", f"added to images, ± {reach:.1f}", [tile(image, -reach, reach) for image in added]))
     return found
 
 
@@ -52,13 +54,13 @@ def gallery(folder: Path, out: Path, classes: Sequence[str], result: Mapping[str
     font, small = ImageFont.load_default(22), ImageFont.load_default(17)
     rows = rows_of(folder)
     width = LEFT + len(classes) * (CELL + GAP) + RIGHT
-    breaks = {len(REAL), len(REAL) + len(MADE)}
+    breaks = {len(REAL), len(rows) - 1}
     height = TOP + len(rows) * (CELL + GAP) + len(breaks) * 2 * GAP + GAP
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
     for k, name in enumerate(classes):
         draw.text((LEFT + k * (CELL + GAP) + CELL / 2, TOP / 2), name, FAINT, small, "mm")
-    draw.text((LEFT + len(classes) * (CELL + GAP) + GAP, TOP / 2), "hard / soft, %", FAINT, small, "lm")
+    draw.text((LEFT + len(classes) * (CELL + GAP) + GAP, TOP / 2), "hard / soft %", FAINT, small, "lm")
     y = TOP
     for i, (name, remark, tiles) in enumerate(rows):
         if i in breaks:
@@ -70,8 +72,8 @@ def gallery(folder: Path, out: Path, classes: Sequence[str], result: Mapping[str
             x = LEFT + k * (CELL + GAP)
             page.paste(image, (x, y))
             draw.rectangle((x - 1, y - 1, x + CELL, y + CELL), outline=LINE)
-        if (found := result["1"].get(name)) is not None:
-            hard, soft = (found["summary"]["accuracy"][kind]["ConvNet"]["mean"] for kind in ("hard", "table"))
+        if (found := result["1"].get(name, {}).get("summary")) is not None:
+            hard, soft = (found["accuracy"][kind]["ConvNet"]["mean"] for kind in ("hard", "table"))
             draw.text(
                 (LEFT + len(classes) * (CELL + GAP) + GAP, y + CELL / 2), f"{hard:.0f} / {soft:.0f}", INK, font, "lm"
             )

@@ -188,7 +188,7 @@ def condensed_tables(task: dict[str, Any]) -> str:
     """What networks learn from small sets: a table for each number of images of a class, best first."""
     head = ["set", "ConvNet", "ResNet", "MLP", "all, soft", "all, soft by views", "CPU s", "kB"]
     parts = []
-    for each in (key for key in task if key.isdecimal()):
+    for each in sorted((key for key in task if key.isdecimal()), key=int):
         summaries = {name: part["summary"] for name, part in task[each].items() if "summary" in part}
         rows = [row(head), "|---" * len(head) + "|"]
         for name in sorted(summaries, key=lambda name: -condensed_score(summaries[name])):
@@ -196,7 +196,7 @@ def condensed_tables(task: dict[str, Any]) -> str:
             hard = found["accuracy"].get("hard", {})
             cells = [percent(hard.get(kind)) for kind in ("ConvNet", "ResNet", "MLP")]
             cells += [percent(found["accuracy"].get(kind, {}).get("all three")) for kind in ("table", "views")]
-            sizes = " / ".join(f"{size / 1000:.3g}" for size in found["bytes"].values())
+            sizes = " / ".join(f"{size / 1000:.1f}" for size in found["bytes"].values())
             rows.append(row([name, *cells, f"{sum(found['seconds'].values()):.1f}", sizes]))
         parts += [f"**{each} of each class**" if each != "1" else "**One image of each class**", "\n".join(rows)]
     return "\n\n".join(parts)
