@@ -65,7 +65,7 @@ class Task:
     steps: int
     rates: tuple[float, ...]
     arms: tuple[str, ...]
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1)
     batch: int = 64
 
 

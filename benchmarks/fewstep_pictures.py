@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 EACH, PIXEL, GAP, LEFT, TOP = 2, 5, 3, 196, 26  # samples of a class, and sizes in pixels
-LEFT_OUT = ("teacher, 8 steps", "consistency, 2 steps")
+LEFT_OUT = ("teacher, 8 steps", "teacher, 2 steps, fresh noise", "consistency, 2 steps")
 
 
 def rows(name: str, table: dict[str, Any]) -> dict[str, Tensor]:
