@@ -43,17 +43,14 @@ TOPICS = {
     "music": ("loud soft sad modern", "drum violin choir tune song", "joins drowns echoes answers", "loudly tonight backstage"),
     "machines": ("rusty quick large broken", "crane engine robot pump drill", "lifts drives stops turns", "indoors back alone"),
 }  # fmt: skip
-SLOTS, LENGTH, SAMPLES = (
-    (0, 1, 2, 1, 3),
-    6,
-    48,
-)  # of the kinds of words in a text; a text's tokens; texts judged of a topic
+SLOTS = (0, 1, 2, 1, 3)  # of the kinds of words in a text
+LENGTH, SAMPLES = 6, 24  # a text's tokens; texts judged of a topic
 NAMES = list(TOPICS)
 KINDS = [[text.split() for text in kinds] for kinds in TOPICS.values()]
 WORDS = ["the", *sorted({word for kinds in KINDS for kind in kinds for word in kind})]
 PROMPT, NEGATIVE = len(WORDS), len(WORDS) + len(NAMES)  # the first topic's token, and the negative one
 VOCABULARY = NEGATIVE + 1
-WRONG, STEPS, POINTS, BETA, GUIDANCE = 0.25, 400, 5, 10.0, 3.0
+WRONG, STEPS, POINTS, BETA, GUIDANCE = 0.25, 240, 5, 10.0, 3.0
 RATES, SEEDS = (3e-4, 1e-3), 3
 
 
