@@ -285,7 +285,7 @@ def generate(task: Task, call: Generator, count: int, seed: int) -> tuple[Tensor
     y = torch.arange(count) % CLASSES
     z = torch.randn(count, *real.shape[1:], generator=torch.Generator().manual_seed(seed))
     with torch.random.fork_rng():
-        torch.manual_seed(seed)  # for noise that is added between steps
+        torch.manual_seed(10_000 + seed)  # for noise between steps, which is not to be z once more
         x = torch.cat([call(a, b) for a, b in zip(z.split(250), y.split(250), strict=True)])
     return x.clamp(real.amin(), real.amax()), y
 
