@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep import CLASSES, FOLDER, splits, whole
+from fewstep import FOLDER
+from fewstep_models import CLASSES, splits, whole
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor

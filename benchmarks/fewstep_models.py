@@ -1,0 +1,76 @@
+"""The images, the classifier and the networks of `fewstep.py`."""
+
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from limbeck import Batch
+from limbeck.data import TensorSource
+from limbeck.diffusion import Denoiser, RectifiedFlow
+
+CLASSES, FLOW = 10, RectifiedFlow()
+
+
+class Judge(nn.Module):
+    """A classifier of real images, in whose 32 features samples are compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 32),
+        )  # fmt: skip
+        self.fc = nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `[B, 1, 8, 8]` to logits."""
+        return self.fc(self.body(x).relu())
+
+
+def digits_images() -> TensorSource:
+    """scikit-learn's 1,797 digits `[1, 8, 8]`, from -1 to 1."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return TensorSource(torch.tensor(found.images / 8 - 1, dtype=torch.float32)[:, None], torch.tensor(found.target))
+
+
+@cache
+def splits() -> list[TensorSource]:
+    """Images to train, to tune and to test on."""
+    source = digits_images()
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
+    return [source.subset(rows) for rows in order.split((1000, 297, 500))]
+
+
+def whole(source: TensorSource) -> Batch:
+    """All of a source."""
+    return source.batch(torch.arange(len(source)), 0)
+
+
+def unet() -> nn.Module:
+    """A small U-Net of diffusers as the velocity of a flow; class 10 is the empty one."""
+    from diffusers import UNet2DModel
+
+    net = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=8,
+        add_attention=False, num_class_embeds=CLASSES + 1,
+    )  # fmt: skip
+    return Denoiser(net, FLOW, "flow_prediction", time_scale=999, null=CLASSES, keyword="class_labels")
+
+
+def dit() -> nn.Module:
+    """A small DiT of diffusers, without its own dropping of classes, which draws from the global generator."""
+    from diffusers import DiTTransformer2DModel
+    from diffusers.models.embeddings import LabelEmbedding
+
+    net = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=24, in_channels=1, out_channels=1, num_layers=3, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=CLASSES, norm_num_groups=1,
+    )  # fmt: skip
+    for part in net.modules():
+        if isinstance(part, LabelEmbedding):
+            part.dropout_prob = 0.0
+    return Denoiser(net, FLOW, "flow_prediction", time_scale=999, null=CLASSES, keyword="class_labels")
