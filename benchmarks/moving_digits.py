@@ -2,12 +2,13 @@
 
     python benchmarks/moving_digits.py --out benchmarks/results/moving-digits.json
 
-A clip is six frames of 12 x 12 of a digit (scikit-learn's, 8 x 8) that goes straight on and bounces at the border; the clips are
-dim, blurred and noisy, the images clean digits at rest. One denoiser is trained on the clips; students begin as it is. Arms of
-equally many updates: LCM; LCM with a discriminator of frames; and MCM, with the paper's learned motion and batches of the
-student's own clips in half of the steps. On seed 100 LCM is tuned in its rate, which all arms have, and the others in the
-discriminator's weight, by the sum of `motion` and `frames`, mean over one, two and four steps. Cells are written one by one,
-networks lie in `runs/moving-digits`: stopped and started again, it goes on. `--picture` draws clips of the first seed.
+A clip is six frames of 12 x 12 of a digit (scikit-learn's, 8 x 8) that goes straight on and bounces at the border; the clips
+are dim, blurred and noisy, the images clean digits at rest. One denoiser is trained on the clips; students begin as it is,
+and all their weights learn. Arms of equally many updates: LCM; LCM with a discriminator of frames; and MCM, with the paper's
+learned motion (a head of 16 channels) and batches of the student's own clips in half of the steps. On seed 100 LCM is tuned
+in its rate, which all arms have, and the others in the discriminator's weight, by the sum of `motion` and `frames`, mean over
+one, two and four steps. Cells are written one by one, networks lie in `runs/moving-digits`: stopped and started again, it
+goes on. `--picture` draws clips of the first seed.
 
 - `motion`: energy distance from other clips of the path of the digit's centre, less its mean, and of the changes of its way from
   frame to frame, in per cent of that of clips at rest.
