@@ -410,6 +410,28 @@ def test_the_recipe_of_clips_takes_a_real_step(tmp_path: Path, monkeypatch: pyte
         assert loaded(batch.x, t=t, condition=batch.y).equal(expected)
 
 
+def stepped(name: str, code: str, folder: Path, names: dict[str, str], **more: Any) -> Any:
+    """A recipe with models and data of this code, run for two steps; checked for what holds for all few-step methods."""
+    (folder / "small.py").write_text(code)
+    given: dict[str, Any] = {field: f"{folder / 'small.py'}:{function}" for field, function in names.items()}
+    given |= {"engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu",
+              "engine.precision": "fp32", "out": str(folder / "run")} | more  # fmt: skip
+    job = build(
+        Recipe.load(RECIPES / f"{name}.yaml", [f"{field}={json.dumps(value)}" for field, value in given.items()])
+    )
+    frozen = [p.clone() for p in job.roles.teacher.parameters()]
+    result = run(job, progress="off")
+    student = result.roles.student.module.eval()
+    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(frozen, student.parameters(), strict=True))
+    loaded, batch = load(folder / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
+    z = torch.randn(batch.x.shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        made = student(z, condition=batch.y)
+        assert loaded(z, condition=batch.y).equal(made)
+    return result, z, batch.y, made
+
+
 VIDEO = """
 import torch
 from diffusers import WanTransformer3DModel
@@ -472,22 +494,7 @@ def images():
 def test_the_recipe_of_average_velocities_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("diffusers")
     monkeypatch.syspath_prepend(RECIPES)
-    (tmp_path / "small.py").write_text(IMAGES)
-    given = {
-        "teacher": f"{tmp_path / 'small.py'}:teacher", "data": f"{tmp_path / 'small.py'}:images", "engine.steps": 1,
-        "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu", "engine.precision": "fp32",
-        "out": str(tmp_path / "run"),
-    }  # fmt: skip
-    recipe = Recipe.load(RECIPES / "mdt-dist-sd3.yaml", [f"{k}={json.dumps(v)}" for k, v in given.items()])
-    job = build(recipe)
-    frozen = [p.clone() for p in job.roles.teacher.parameters()]
-    result = run(job, progress="off")
-    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
-    student = result.roles.student.module.eval()
-    assert any(not torch.equal(a, b) for a, b in zip(frozen, student.parameters(), strict=True))
-    loaded, batch = load(tmp_path / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
-    with torch.no_grad():
-        assert loaded(batch.x, condition=batch.y).equal(student(batch.x, condition=batch.y))
+    stepped("mdt-dist-sd3", IMAGES, tmp_path, {"teacher": "teacher", "data": "images"})
 
 
 PERSON = "39, {work}, 77516, {degree}, 13, {married}, Sales, Husband, {race}, {sex}, {gain}, 0, {hours}, Cuba, {income}"
@@ -601,28 +608,6 @@ def test_the_recipe_of_several_students_takes_real_steps(tmp_path: Path, monkeyp
     z, y = torch.randn(4, 3, 16, 16), torch.arange(4)
     with torch.no_grad():
         assert loaded(z, condition=y).equal(result.roles.student.module.eval()(z, condition=y))
-
-
-def stepped(name: str, code: str, folder: Path, names: dict[str, str], **more: Any) -> Any:
-    """A recipe with models and data of this code, run for two steps; checked for what holds for all few-step methods."""
-    (folder / "small.py").write_text(code)
-    given: dict[str, Any] = {field: f"{folder / 'small.py'}:{function}" for field, function in names.items()}
-    given |= {"engine.steps": 2, "engine.batch_size": 4, "engine.micro_batches": 2, "engine.device": "cpu",
-              "engine.precision": "fp32", "out": str(folder / "run")} | more  # fmt: skip
-    job = build(
-        Recipe.load(RECIPES / f"{name}.yaml", [f"{field}={json.dumps(value)}" for field, value in given.items()])
-    )
-    frozen = [p.clone() for p in job.roles.teacher.parameters()]
-    result = run(job, progress="off")
-    student = result.roles.student.module.eval()
-    assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
-    assert any(not torch.equal(a, b) for a, b in zip(frozen, student.parameters(), strict=True))
-    loaded, batch = load(folder / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
-    z = torch.randn(batch.x.shape, generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        made = student(z, condition=batch.y)
-        assert loaded(z, condition=batch.y).equal(made)
-    return result, z, batch.y, made
 
 
 XL = """
