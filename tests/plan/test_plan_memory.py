@@ -201,6 +201,22 @@ def test_short_keys_of_operations_change_nothing(monkeypatch: pytest.MonkeyPatch
     assert plan_job(alternating(Alternating())).stages == short
 
 
+class Piecewise(Method):
+    """Calls a part of the student, and never the whole."""
+
+    def step(self, m: Roles, batch: Batch) -> Any:
+        student: Any = m.student.module
+        return student[0](batch.x).square().mean()
+
+
+def test_parts_that_are_called_alone_are_counted() -> None:
+    student = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 4))
+    job = bench(Piecewise(), Roles(teacher=perceptron(), student=student), (64,), 8)
+    teacher, role = plan_job(job).stages[0].roles
+    assert (teacher.flops, teacher.output) == (0, "not called")
+    assert (role.flops, role.output) == (2 * 8 * 64 * 16, "called in parts")
+
+
 def test_operations_are_those_of_a_real_step() -> None:
     class Counted(TorchDispatchMode):
         seen = 0

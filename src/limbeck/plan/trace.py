@@ -51,7 +51,7 @@ def trace_stage(
     engine = replace(engine, precision="bf16") if engine.precision == "fp16" else engine
     whole = sum(map(_size, parts))
     outputs: dict[str, str] = {}
-    flops = dict.fromkeys(m, 0)
+    flops, parts_flops = dict.fromkeys(m, 0), dict.fromkeys(m, 0)
     with (
         MemoryTracker() as tracker,
         ExitStack() as hooks,
@@ -60,6 +60,8 @@ def trace_stage(
         for name, role in m.items():
             tracker.label("parameters", chain(role.module.parameters(), role.module.buffers()))
             hooks.enter_context(_watched(name, role.module, tracker, flops, outputs))
+            for part in role.module.children():
+                hooks.enter_context(_watched(name, part, tracker, parts_flops, {}))
         tracker.label("batch", chain.from_iterable(map(tensors_of, parts)))
         updater = Updater(m, stage, optim, method, engine, Plain(torch.device("cpu")))
         for name, optimizer in updater.optimizers.items():
@@ -68,7 +70,11 @@ def trace_stage(
             updater.step(parts[:1], _size(parts[0]))
         start, before = tracker.now, tracker.flops
         flops.update(dict.fromkeys(m, 0))
+        parts_flops.update(dict.fromkeys(m, 0))
         updater.step(parts, whole)
+    for name in m:  # a program may call the parts of a model, such as an encoder, and never the whole
+        if name not in outputs and parts_flops[name]:
+            flops[name], outputs[name] = parts_flops[name], "called in parts"
     costs = tuple(
         RoleCost(
             name,
