@@ -61,7 +61,7 @@ def trace_stage(
             tracker.label("parameters", chain(role.module.parameters(), role.module.buffers()))
             hooks.enter_context(_watched(name, role.module, tracker, flops, outputs))
             for part in role.module.children():
-                hooks.enter_context(_watched(name, part, tracker, parts_flops, {}))
+                hooks.enter_context(_watched(name, part, tracker, parts_flops))
         tracker.label("batch", chain.from_iterable(map(tensors_of, parts)))
         updater = Updater(m, stage, optim, method, engine, Plain(torch.device("cpu")))
         for name, optimizer in updater.optimizers.items():
@@ -162,16 +162,16 @@ def _label_optimizer(tracker: MemoryTracker, optimizer: torch.optim.Optimizer, p
 
 @contextmanager
 def _watched(
-    name: str, module: nn.Module, tracker: MemoryTracker, flops: dict[str, int], outputs: dict[str, str]
+    name: str, module: nn.Module, tracker: MemoryTracker, flops: dict[str, int], outputs: dict[str, str] | None = None
 ) -> Iterator[None]:
-    """Add the FLOPs of a role's forward passes, and note what they return."""
+    """Add the FLOPs of a role's forward passes, or of a part's, and note what they return."""
 
     def before(*_: Any) -> None:
         flops[name] -= tracker.flops
 
     def after(_module: nn.Module, _args: Any, output: Any) -> None:
         flops[name] += tracker.flops
-        if output is not None:  # of a pass that stopped on the way
+        if outputs is not None and output is not None:  # None of a pass that stopped on the way
             outputs[name] = _shape(main_output(output))
 
     hooks = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
