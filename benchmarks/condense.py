@@ -53,16 +53,19 @@ ALL_DATA = 12  # times as many steps
 
 
 def judged(
-    world: World, row: str, small: Condensed, test: Source, labels: Sequence[str], trainings: int
+    world: World, row: str, small: Condensed, test: Source, labels: Sequence[str], trainings: int, first: int = 0
 ) -> dict[str, dict[str, list[float]]]:
-    """Accuracies in per cent, by labels and kind of network; sets with tables of views bring their own views."""
+    """Accuracies in per cent, by labels and kind of network; sets with tables of views bring their own views.
+
+    Trainings are numbered: those from the `first` on are the same as if all had been asked for.
+    """
     task, found = world.task, {}
     plain, mixed = Views(BATCH, task.operations), Views(BATCH, task.operations, "mixup", 0.8)
     steps = task.steps * (ALL_DATA if row == "all data" else 1)
     for kind in labels:
         hard, given = kind == "hard", labelled(row, world, small, kind)
         how = Training(steps, "hard" if hard else "soft", JUDGE, plain if hard else mixed)
-        scores = protocol(given, test, task.networks(), how, trainings, 100 * world.seed)
+        scores = protocol(given, test, task.networks(), how, trainings, 100 * world.seed + first)
         found[kind] = {name: [round(100 * value, 2) for value in values] for name, values in scores.items()}
     return found
 
@@ -96,6 +99,20 @@ def cell(name: str, row: Row, world: World, each: int, rate: float) -> dict[str,
     scores = judged(world, name, small, world.data.test, row.labels, trainings)
     seconds = {"making": round(making, 2), **{key: round(value, 2) for key, value in used.items()}}
     return {"samples": len(small), "bytes": sizes, "seconds": seconds, "accuracy": scores}
+
+
+def more(name: str, row: Row, world: World, each: int, known: dict[str, Any]) -> dict[str, Any] | None:
+    """A cell with the trainings that it lacks, on the set as it was saved; None where it lacks none."""
+    have = min(len(values) for kinds in known["accuracy"].values() for values in kinds.values())
+    if name == "all data" or have >= world.task.trainings:
+        return None
+    small = Condensed.load(world.folder / "sets" / f"{name}-{each}-{world.seed}")
+    found = judged(world, name, small, world.data.test, row.labels, world.task.trainings - have, have)
+    accuracy = {
+        labels: {kind: values[:have] + found[labels][kind] for kind, values in kinds.items()}
+        for labels, kinds in known["accuracy"].items()
+    }
+    return {**known, "accuracy": accuracy}
 
 
 def write(out: Path, *path: str, value: Any) -> None:
@@ -154,8 +171,13 @@ def run(name: str, out: Path, folder: Path, numbers: Sequence[int]) -> None:
                 rates[row_name] = tuned(row_name, row, World(task, TUNING, folder), row.least)
                 write(out, name, "tuned", row_name, value=rates[row_name])
             for seed in SEEDS:
-                if str(seed) not in known.get("sets", {}):
-                    made = cell(row_name, row, World(task, seed, folder), each, rates[row_name]["pixels"])
+                world, before = World(task, seed, folder), known.get("sets", {}).get(str(seed))
+                made = (
+                    more(row_name, row, world, each, before)
+                    if before
+                    else cell(row_name, row, world, each, rates[row_name]["pixels"])
+                )
+                if made is not None:
                     write(out, *place, "sets", str(seed), value=made)
                     print(name, each, row_name, seed, made["seconds"], made["accuracy"], flush=True)
             write(out, *place, "summary", value=summary(read(out)[name][str(each)][row_name]["sets"]))

@@ -131,11 +131,11 @@ def cifar10(seed: int) -> Data:
 TASKS = {
     "digits": Task(
         lru_cache(maxsize=2)(digits), (1, 8, 8), ((16, 2), (24, 2), (12, 3)), (), (3, 8, 6), 0.05,
-        {"matching": (0.5, 2.0), "recovery": (0.03, 0.1), "compensators": (0.003, 0.03)}, 2, 150,
+        {"matching": (0.5, 2.0), "recovery": (0.03, 0.1), "compensators": (0.003, 0.03)}, 3, 150,
     ),
     "cifar10": Task(
         cifar10, (3, 16, 16), ((16, 3), (24, 3), (16, 2)), ("shift", "flip"), (2, 3, 2), 0.05,
-        {"matching": (5.0, 20.0), "recovery": (0.03, 0.1), "compensators": (0.003, 0.03)}, 1, 60, 100, 5,
+        {"matching": (5.0, 20.0), "recovery": (0.03, 0.1), "compensators": (0.003, 0.03)}, 3, 60, 100, 5,
     ),
 }  # fmt: skip
 
