@@ -296,7 +296,7 @@ def recovered(name: str, world: World, each: int, lr: float) -> Condensed:
 def voted(world: World, each: int, lr: float) -> Condensed:
     """CV-DD; its priors are measured first, as it asks for."""
     task, teachers = world.task, world.committee()
-    method, priors = CVDD(**recovery(world, operations=("roll",))), []
+    method, priors = CVDD(init="real", **recovery(world, operations=("roll",))), []
     for kind, net in enumerate(teachers):
         alone = world.run(replace(method, members=1), real(world, each), lr, net)
         student = seeded(world.seed, partial(task.convnet, kind, "batch"))
@@ -312,7 +312,10 @@ def compensated(world: World, each: int, lr: float) -> Condensed:
 
 def by_committee(world: World, each: int, _: float) -> Condensed:
     """Random real images with CV-DD's labels, votes being equal."""
-    method, m = CVDD(**recovery(world)), Roles(**{f"teacher_{i}": net for i, net in enumerate(world.committee())})
+    method, m = (
+        CVDD(init="real", **recovery(world)),
+        Roles(**{f"teacher_{i}": net for i, net in enumerate(world.committee())}),
+    )
     m.freeze(*m.teachers)
     small, views, roles = real(world, each), method.views(world.seed), list(m.teachers.values())
     assert views is not None
