@@ -10,20 +10,20 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
 import torch
-from fewstep_models import CLASSES, FLOW, Judge, dit, splits, unet, whole
+from fewstep_models import CLASSES, FLOW, Judge, cifar10, digits, dit, unet, whole
 from measuring import machine, report
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from limbeck import Batch, Method, Optim, Roles, Update
 from limbeck.core.stages import Step
-from limbeck.data import Data
+from limbeck.data import Data, TensorSource
 from limbeck.data.noise import Noise
 from limbeck.diffusion import Draws, Sampler, flow
 from limbeck.diffusion.consistency import consistency_pair, sampling_times
@@ -55,6 +55,7 @@ class Task:
         steps: Updates of a student.
         rates: Of a student, chosen among with seed 100.
         arms: The methods.
+        splits: Images to train, to tune and to test on.
         seeds: What is reported.
         batch: Images of a step.
     """
@@ -65,6 +66,7 @@ class Task:
     steps: int
     rates: tuple[float, ...]
     arms: tuple[str, ...]
+    splits: Callable[[], list[TensorSource]] = digits
     seeds: tuple[int, ...] = (0, 1)
     batch: int = 64
 
@@ -171,6 +173,10 @@ TASKS = {
         "the same digits; a UNet2DModel of 160 thousand numbers",
         unet, (2500, 2e-3), 120, (1e-4, 3e-4), ("swiftbrush", "mdt_dist"),
     ),
+    "cifar10": Task(
+        "CIFAR-10 at 16 px; a UNet2DModel of 637 thousand numbers",
+        partial(unet, 16, 3, (32, 64)), (1000, 2e-3), 60, (1e-4, 3e-4), ("dmd", "sid", "mdt_dist"), cifar10,
+    ),
 }  # fmt: skip
 
 
@@ -189,15 +195,16 @@ def kept(name: str, make: Callable[[], nn.Module], train: Callable[[nn.Module], 
 
 
 @cache
-def judge() -> nn.Module:
+def judge(splits: Callable[[], list[TensorSource]]) -> nn.Module:
     """The classifier of real images."""
     train = splits()[0]
+    channels = whole(train).x.shape[1]
 
     def learn(module: nn.Module) -> None:
         optim = Optim("adamw", lr=3e-3, weight_decay=0.05, schedule="cosine")
         fit(supervised, Roles(student=module), train, {"student": optim}, steps=600, batch_size=64)
 
-    return kept("digits-judge", Judge, learn)
+    return kept(f"{splits.__name__}-judge", partial(Judge, channels), learn)
 
 
 @cache
@@ -208,7 +215,7 @@ def teacher(name: str) -> nn.Module:
 
     def learn(module: nn.Module) -> None:
         optim = {"student": Optim("adam", lr=lr, schedule="cosine", warmup=100)}
-        train = splits()[0]
+        train = task.splits()[0]
         fit(denoise, Roles(student=module), train, optim, steps=steps, batch_size=task.batch)
 
     return kept(f"{name}-teacher", task.network, learn)
@@ -217,7 +224,7 @@ def teacher(name: str) -> nn.Module:
 @torch.no_grad()
 def generate(task: Task, call: Generator, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Samples and their classes, within the range of pixels."""
-    real = whole(splits()[0]).x
+    real = whole(task.splits()[0]).x
     y = torch.arange(count) % CLASSES
     z = torch.randn(count, *real.shape[1:], generator=torch.Generator().manual_seed(seed))
     with torch.random.fork_rng():
@@ -228,9 +235,9 @@ def generate(task: Task, call: Generator, count: int, seed: int) -> tuple[Tensor
 
 def judged(task: Task, x: Tensor, y: Tensor, split: int) -> dict[str, float]:
     """Samples beside real images, in the features of the classifier."""
-    classifier: Any = judge()
+    classifier: Any = judge(task.splits)
     with torch.no_grad():
-        real = classifier.body(whole(splits()[split]).x)
+        real = classifier.body(whole(task.splits()[split]).x)
         made = classifier.body(x)
         right = (classifier.fc(made.relu()).argmax(1) == y).double().mean()
     near = density_and_coverage(real, made)
@@ -254,7 +261,7 @@ def trial(name: str, arm_name: str, seed: int, lr: float) -> dict[str, Any]:
     student = seeded(0, task.network)
     student.load_state_dict(teacher(name).state_dict())
     m = Roles(teacher=teacher(name), student=student)
-    train = splits()[0]
+    train = task.splits()[0]
     shape = tuple(whole(train).x.shape[1:])
     source = train if arm.real else Noise(shape, 100 * task.batch, CLASSES, seed=seed)
     optim = {"student": Optim("adam", lr=lr, schedule="cosine", final=0.05, warmup=10)}
@@ -282,7 +289,7 @@ def measured(name: str, arm: Arm, student: nn.Module, seed: int) -> dict[str, An
 def plain(name: str, arm: str, seed: int) -> dict[str, Any]:
     """The teacher itself, and the training images in the place of samples."""
     task = TASKS[name]
-    real = whole(splits()[0])
+    real = whole(task.splits()[0])
     found = measured(name, Arm(denoise, TEACHER[arm]), teacher(name), seed)
     found["rows"]["training images"] = {**judged(task, real.x[:1000], real.y[:1000], 2), "nfe": 0, "seconds": 0.0}
     return {"minutes": 0.0, **found}
@@ -387,7 +394,7 @@ def main() -> None:
     for name in given.tasks:
         task = TASKS[name]
         teacher(name)
-        right = accuracy(Roles(student=judge()), splits()[2])
+        right = accuracy(Roles(student=judge(task.splits)), task.splits()[2])
         print(f"{name}: the classifier is right in {right:.1f} % of the test images", flush=True)
         run(trials, name, tuple(given.arms or (*TEACHER, *task.arms)))
     report(summary(trials.rows()), given.out)

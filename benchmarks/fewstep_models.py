@@ -3,6 +3,7 @@
 from functools import cache
 
 import torch
+from shared_images import cifar10_images
 from torch import Tensor, nn
 
 from limbeck import Batch
@@ -15,16 +16,16 @@ CLASSES, FLOW = 10, RectifiedFlow()
 class Judge(nn.Module):
     """A classifier of real images, in whose 32 features samples are compared."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+            nn.Conv2d(channels, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
             nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 32),
         )  # fmt: skip
         self.fc = nn.Linear(32, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `[B, 1, 8, 8]` to logits."""
+        """Images `[B, C, H, W]` to logits."""
         return self.fc(self.body(x).relu())
 
 
@@ -37,11 +38,19 @@ def digits_images() -> TensorSource:
 
 
 @cache
-def splits() -> list[TensorSource]:
+def digits() -> list[TensorSource]:
     """Images to train, to tune and to test on."""
     source = digits_images()
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))
     return [source.subset(rows) for rows in order.split((1000, 297, 500))]
+
+
+@cache
+def cifar10() -> list[TensorSource]:
+    """10,000 images of 16 pixels to train on, 500 to tune and 2,000 to test."""
+    train = cifar10_images(10_500)
+    learned, tuned = train.subset(torch.arange(10_000)), train.subset(torch.arange(10_000, 10_500))
+    return [learned, tuned, cifar10_images(2000, split="test")]
 
 
 def whole(source: TensorSource) -> Batch:
@@ -49,12 +58,12 @@ def whole(source: TensorSource) -> Batch:
     return source.batch(torch.arange(len(source)), 0)
 
 
-def unet() -> nn.Module:
+def unet(size: int = 8, channels: int = 1, widths: tuple[int, int] = (16, 32)) -> nn.Module:
     """A small U-Net of diffusers as the velocity of a flow; class 10 is the empty one."""
     from diffusers import UNet2DModel
 
     net = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(16, 32),
+        sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=1, block_out_channels=widths,
         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=8,
         add_attention=False, num_class_embeds=CLASSES + 1,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from fewstep import FOLDER
-from fewstep_models import CLASSES, splits, whole
+from fewstep_models import CLASSES, digits, whole
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor
@@ -21,7 +21,7 @@ LEFT_OUT = ("teacher, 8 steps", "teacher, 2 steps, fresh noise", "consistency, 2
 
 def rows(name: str, table: dict[str, Any]) -> dict[str, Tensor]:
     """Samples by row, those of a class one after the other; first real images."""
-    real = whole(splits()[2])
+    real = whole(digits()[2])
     shown = {"test images": torch.cat([real.x[real.y == c][:EACH] for c in range(CLASSES)])}
     for label in table:
         path = FOLDER / f"{name}-{label}.safetensors"
