@@ -175,7 +175,7 @@ TASKS = {
     ),
     "cifar10": Task(
         "CIFAR-10 at 16 px; a UNet2DModel of 637 thousand numbers",
-        partial(unet, 16, 3, (32, 64)), (1000, 2e-3), 60, (1e-4, 3e-4), ("dmd", "sid", "mdt_dist"), cifar10,
+        partial(unet, 16, 3, (32, 64)), (1000, 2e-3), 60, (1e-4, 3e-4), ("dmd", "sid", "mdt_dist"), cifar10, (0,),
     ),
 }  # fmt: skip
 
