@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from limbeck.engine.run import execute
 from limbeck.losses.statistics import moments, statistics_distance
 from limbeck.methods.dwa.method import DWA, Adjusted
 from limbeck.nn.convnet import ConvNet
-from limbeck.teachers.relabel import epoch_labels, mean_logits, static_labels
+from limbeck.teachers.relabel import collect_labels, epoch_labels, label_table, mean_logits, static_labels
 from limbeck.teachers.statistics import Recovery, ascended, batch_norms, batch_statistics, input_statistics
 
 ADAM = {"student": Optim("adam", lr=0.05, betas=(0.5, 0.9))}
@@ -262,6 +263,25 @@ def test_labels_are_of_the_views_that_a_training_sees_after_mixing():
             assert table[epoch, rows].equal(m.teacher(seen).half())
             assert mixing.share < 1 or seen.equal(augment(small.x[rows], see.keys, ("flip",)))
     assert static_labels(small, mean_logits([m.teacher])).shape == (6, 3)
+
+
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_stored_labels_are_the_same_and_are_not_made_again(tmp_path, by_batch):
+    m, views, calls = roles(), Views(4, ("flip",), "cutmix", seed=3), []
+    small, teachers = m.student.module, [m.teacher]
+    m.teacher.module.register_forward_hook(lambda *_: calls.append(1))
+    expected = epoch_labels(small, mean_logits(teachers), views, 3, teachers if by_batch else ())
+    calls.clear()
+    store = collect_labels(small, teachers, tmp_path / "views", views, 2, by_batch=by_batch)
+    assert (len(store), len(calls)) == (2 * 6, 2 * 2)
+    store = collect_labels(small, teachers, tmp_path / "views", views, 3, by_batch=by_batch)  # one epoch more
+    assert (len(store), len(calls)) == (3 * 6, 3 * 2)
+    assert label_table(store, 6, 3).equal(expected)
+    plain = collect_labels(small, teachers, tmp_path / "plain", None)
+    assert label_table(plain, 6, 0).equal(static_labels(small, mean_logits(teachers)))
+    for other in ({"views": replace(views, seed=4)}, {"by_batch": not by_batch}, {"weights": torch.ones(1)}):
+        with pytest.raises(UsageError, match="does not fit"):
+            collect_labels(small, teachers, tmp_path / "views", **{"views": views, "by_batch": by_batch} | other)
 
 
 def test_a_network_that_says_what_the_labels_say_has_nothing_to_learn():

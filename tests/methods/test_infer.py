@@ -92,7 +92,7 @@ def test_at_first_every_image_is_a_real_one_and_copies_have_one_label():
     assert x[6:12].equal(x[:6])
     assert x[12:].equal(x[:6])
     assert all(any(image.equal(other) for other in real.x) for image in small.x)
-    z = static_labels(small, mean_logits(list(m.teachers.values())), 6)
+    z = static_labels(small, mean_logits(list(m.teachers.values())))
     assert z[:6].equal(z[6:12])
     torch.testing.assert_close(z[:6], (m.teacher_0(x[:6]) + m.teacher_1(x[:6])) / 2)
 

@@ -65,7 +65,7 @@ def main():
     from limbeck.teachers import collect as _  # noqa: F401
     from limbeck.teachers import store  # noqa: F401
 
-    module = sys.modules["limbeck.teachers.collect"]
+    module = sys.modules["limbeck.teachers.writer"]
     torch.set_num_threads(1)
     module._FLUSH_SECONDS = 0.0
     if "half" in sys.argv:  # die with half of a shard's bytes on disk

@@ -18,7 +18,7 @@ from limbeck.data.augment import Mix, Views, augment
 from limbeck.data.condensed import Condensed
 from limbeck.diffusion.draws import Draws
 from limbeck.methods.checks import check_field
-from limbeck.teachers.relabel import GiveLabels, epoch_labels, mean_logits, static_labels
+from limbeck.teachers.relabel import GiveLabels, collect_labels
 from limbeck.teachers.statistics import Recovery, batch_norms
 
 
@@ -130,17 +130,15 @@ class Recovered(Method):
         """
         views, own = self.views(m.seed), parts if self.label_statistics == "batch" else 1
 
-        def label(m: Roles, folder: Any) -> Tensor:
+        def label(m: Roles, folder: Any) -> int:
             small, teachers = m.student.module, list(m.teachers.values())
             assert isinstance(small, Condensed)
-            by_batch = teachers if self.label_statistics == "batch" else []
-            answer = mean_logits(teachers, self.weights(m))
-            if views is None:
-                return static_labels(small, answer).cpu()
-            return epoch_labels(small, answer, views, self.label_epochs, by_batch, own)
+            how = (self.weights(m), self.label_statistics == "batch", own)
+            return len(collect_labels(small, teachers, folder, views, self.label_epochs or 1, *how))
 
         found = yield Collect("labels", label)
-        yield Convert("student", GiveLabels(found.value, views, self.temperature, own), name="give soft labels")
+        labels = GiveLabels(found.path, self.label_epochs, views, self.temperature, own)
+        yield Convert("student", labels, name="give soft labels")
 
 
 def total(losses: list[Tensor], student: Condensed, units: int) -> Tensor:

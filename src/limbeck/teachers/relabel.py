@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ from torch import Tensor, nn
 from limbeck.core.roles import Role
 from limbeck.data.augment import Views
 from limbeck.data.condensed import Become, Condensed
+from limbeck.teachers.fingerprint import fingerprint
 from limbeck.teachers.statistics import batch_statistics
+from limbeck.teachers.store import OUTPUT, Header, OutputStore
+from limbeck.teachers.writer import Writer
 
 Answer = Callable[[Tensor], Tensor]
 
@@ -37,11 +42,34 @@ def mean_logits(roles: Sequence[Role], weights: Tensor | None = None) -> Answer:
     return answer
 
 
+def _labelled(
+    images: Tensor,
+    answer: Answer,
+    views: Views | None,
+    epoch: int,
+    parts: int = 1,
+    stored: Callable[[Tensor], bool] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows `[B]` and logits `[B, C]` of the batches of an epoch, but for those that are stored."""
+    plain = ((rows, None) for rows in torch.arange(len(images)).split(64))
+    for rows, see in plain if views is None else views.epoch(epoch, len(images)):
+        if stored is None or not stored(rows):
+            seen = images[rows] if see is None else see(images[rows])[0]
+            yield rows, torch.cat([answer(x) for x in seen.chunk(parts)])
+
+
+@contextmanager
+def _by_the_batch(roles: Sequence[Role]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for role in roles:
+            stack.enter_context(batch_statistics(role.module))
+        yield
+
+
 @torch.no_grad()
-def static_labels(condensed: Condensed, answer: Answer, batch_size: int = 64) -> Tensor:
+def static_labels(condensed: Condensed, answer: Answer) -> Tensor:
     """Logits of the samples as they are `[N, C]`, fp32."""
-    images = condensed().detach()
-    return torch.cat([answer(x).float() for x in images.split(batch_size)])
+    return torch.cat([logits.float() for _, logits in _labelled(condensed().detach(), answer, None, 0)])
 
 
 @torch.no_grad()
@@ -63,21 +91,67 @@ def epoch_labels(
         >>> epoch_labels(small, lambda x: x.mean((1, 2)), Views(2), 3).shape
         torch.Size([3, 4, 8])
     """
-    images = condensed().detach()
-    tables: list[Tensor] = []
-    with ExitStack() as stack:
-        for role in roles:
-            stack.enter_context(batch_statistics(role.module))
+    images, tables = condensed().detach(), []
+    with _by_the_batch(roles):
         for epoch in range(epochs):
-            found: Tensor | None = None
-            for rows, see in views.epoch(epoch, len(condensed)):
-                seen, _ = see(images[rows])
-                logits = torch.cat([answer(x) for x in seen.chunk(parts)])
-                found = logits.new_zeros(len(condensed), logits.shape[-1]) if found is None else found
-                found[rows] = logits
-            assert found is not None
-            tables.append(found.half().cpu())
+            rows, logits = zip(*_labelled(images, answer, views, epoch, parts), strict=True)
+            tables.append(torch.cat(logits).half().cpu()[torch.cat(rows).argsort()])
     return torch.stack(tables)
+
+
+@torch.no_grad()
+def collect_labels(
+    condensed: Condensed,
+    teachers: Sequence[Role],
+    path: Path,
+    views: Views | None,
+    epochs: int = 1,
+    weights: Tensor | None = None,
+    by_batch: bool = False,
+    parts: int = 1,
+) -> OutputStore:
+    """The labels of `epoch_labels`, or without views of `static_labels`, in a store of teacher outputs: by sample and epoch.
+
+    As with `collect`, what is stored already is not computed again: killed and called again it goes on, and with more epochs
+    it adds them.
+
+    Args:
+        condensed: The samples; their ids are their numbers.
+        teachers: Networks whose mean logits are the labels.
+        path: The store's folder.
+        views: As for `epoch_labels`; None for the images as they are.
+        epochs: View seeds of the store are 0, ..., epochs - 1.
+        weights: Of the teachers `[M]`; equal by default.
+        by_batch: Whether their batch normalisation goes by the batch at hand.
+        parts: As for `epoch_labels`.
+
+    Raises:
+        UsageError: The folder holds labels of other networks, samples or views.
+        RunError: A logit is NaN, or above what fp16 holds.
+    """
+    images, answer = condensed().detach(), mean_logits(teachers, weights)
+    who = [*map(fingerprint, teachers), None if weights is None else weights.tolist(), by_batch, parts]
+    what = [fingerprint(condensed), views]
+    writer = Writer(path, Header(_digest(who), _digest(what), "fp32" if views is None else "fp16", None, {}))
+    with _by_the_batch(teachers if by_batch else ()):
+        for epoch in range(epochs):
+            have = ~writer.missing(torch.arange(len(images)), epoch)
+            for rows, logits in _labelled(
+                images, answer, views, epoch, parts, lambda rows, have=have: bool(have[rows].all())
+            ):
+                writer.add(rows, torch.full_like(rows, epoch), {OUTPUT: logits})
+    writer.flush()
+    return OutputStore(path, verify=False)
+
+
+def label_table(store: OutputStore, count: int, epochs: int) -> Tensor:
+    """What `collect_labels` stored of `count` samples: `[E, N, C]` of so many epochs; for 0, without views, `[N, C]`."""
+    tables = [store.read(torch.arange(count), epoch)[OUTPUT] for epoch in range(epochs or 1)]
+    return torch.stack(tables) if epochs else tables[0]  # type: ignore[arg-type,return-value]
+
+
+def _digest(parts: list[Any]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 def with_labels(
@@ -100,13 +174,15 @@ class GiveLabels:
     """Soft labels for the set that a role is by then, as a conversion.
 
     Args:
-        soft: As for `Condensed`; None in a plan.
-        views: As for `epoch_labels`; None for labels of the samples as they are.
+        path: The folder of `collect_labels`; None in a plan.
+        epochs: As there; 0 for a single table.
+        views: As there.
         temperature: Of a training.
         parts: As for `epoch_labels`: a training shows its batches in the same parts.
     """
 
-    soft: Tensor | None
+    path: Path | None
+    epochs: int
     views: Views | None
     temperature: float
     parts: int = 1
@@ -114,4 +190,5 @@ class GiveLabels:
     def __call__(self, module: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
         """A copy of the set with labels, and the record that makes one of its form."""
         assert isinstance(module, Condensed)
-        return Become(with_labels(module, self.soft, self.views, self.temperature, self.parts))(module)
+        soft = None if self.path is None else label_table(OutputStore(self.path), len(module), self.epochs)
+        return Become(with_labels(module, soft, self.views, self.temperature, self.parts))(module)
