@@ -118,6 +118,21 @@ def test_the_pipeline_of_a_flow_takes_its_steps(tmp_path, times, noise):
     torch.testing.assert_close(found, drawn, rtol=1e-3, atol=1e-3)
 
 
+def test_the_card_has_the_call(tmp_path):
+    from limbeck.export.pipeline import to_pipeline
+
+    pipeline, student = pieces()
+    results = {"models": {"student": {"coverage": 0.9}}, "lineage": {"method": "sid"}}
+    card = (to_pipeline(Sampler(student, (1.0, 0.5)), pipeline, tmp_path / "fast", results) / "README.md").read_text()
+    assert "library_name: diffusers" in card
+    assert 'pipeline = StableDiffusionPipeline.from_pretrained("fast")' in card
+    assert 'pipeline("a photograph of a lighthouse", num_inference_steps=2, guidance_scale=1.0)' in card
+    assert "| Coverage | 0.900 |" in card
+    other = diffusers.DDPMPipeline(unet=pipeline.unet, scheduler=pipeline.scheduler)
+    card = (to_pipeline(student, other, tmp_path / "once") / "README.md").read_text()
+    assert "samples = pipeline(num_inference_steps=1)" in card
+
+
 def test_what_does_not_fit(tmp_path):
     from limbeck.export.pipeline import to_pipeline
 
@@ -128,4 +143,7 @@ def test_what_does_not_fit(tmp_path):
         to_pipeline(Sampler(student, (0.625, 0.3)), pipeline, tmp_path)
     with pytest.raises(UsageError, match="no scheduler for these steps"):
         to_pipeline(Sampler(student, (1.0, 0.5), "fixed"), pipeline, tmp_path)
+    own = diffusers.DDIMPipeline(unet=pipeline.unet, scheduler=pipeline.scheduler)
+    with pytest.raises(UsageError, match="takes another scheduler"):
+        to_pipeline(Sampler(student, (1.0, 0.5)), own, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from limbeck.core.errors import UsageError, require
 from limbeck.diffusion.sampler import Sampler
+from limbeck.export.cards import write_card
 
 _PARTS = ("unet", "transformer")
 # By whether the student is a flow, and by its noise.
@@ -20,21 +22,25 @@ _KINDS = {
 }
 
 
-def to_pipeline(student: nn.Module, pipeline: Any, path: str | os.PathLike[str]) -> Path:
+def to_pipeline(
+    student: nn.Module, pipeline: Any, path: str | os.PathLike[str], results: Mapping[str, Any] | None = None
+) -> Path:
     """Write a pipeline with the student's network in the place of its own, and a scheduler that takes the student's steps.
 
-    `DiffusionPipeline.from_pretrained(path)` loads it; call it with as many `num_inference_steps` as the student has, a number
-    that pipelines do not store, and a `guidance_scale` of 1, for guidance is in the weights. But for flows, steps are whole
-    timesteps in diffusers: those of a student whose times lie between two are rounded down.
+    `DiffusionPipeline.from_pretrained(path)` loads it; its `README.md` has the call. As many `num_inference_steps` must be given
+    as the student has, a number that pipelines do not store, and a `guidance_scale` of 1, for guidance is in the weights. But
+    for flows, steps are whole timesteps in diffusers: those of a student whose times lie between two are rounded down.
 
     Args:
         student: A `Denoiser`, or a `Sampler` with `fresh` or `ddim` noise, around a network of the pipeline's kind; adapters are
             merged.
         pipeline: The teacher's pipeline, with text encoder and autoencoder; not changed.
         path: The folder.
+        results: Content of the run's `metrics.json`, for the card.
 
     Raises:
-        UsageError: The student holds no network of that kind, or its steps are not those that the scheduler can take.
+        UsageError: The student holds no network of that kind, or its steps are not those that the scheduler can take, or the
+            pipeline has a scheduler of its own.
 
     Returns:
         The folder.
@@ -55,8 +61,28 @@ def to_pipeline(student: nn.Module, pipeline: Any, path: str | os.PathLike[str])
     config = {name: value for name, value in pipeline.scheduler.config.items() if not name.startswith("_")}
     scheduler = _scheduler(diffusers, student, config)
     made = type(pipeline)(**{**pipeline.components, name: found, "scheduler": scheduler})
+    if type(made.scheduler) is not type(scheduler):
+        raise UsageError(
+            "this kind of pipeline takes another scheduler", where=type(made).__name__, found=type(made.scheduler).__name__,
+            expected=type(scheduler).__name__, fix="train with noise=ddim, or give a pipeline that leaves its scheduler as it is",
+        )  # fmt: skip
     made.save_pretrained(path, safe_serialization=True)
+    steps = student.steps if isinstance(student, Sampler) else 1
+    write_card(path, Path(path).name, results or {}, _load(type(made), Path(path).name, steps), library="diffusers")
     return Path(path)
+
+
+def _load(kind: type, name: str, steps: int) -> str:
+    """Python that loads a pipeline and calls it as the student is to be called."""
+    known: Any = inspect.signature(kind.__call__).parameters
+    words = ['"a photograph of a lighthouse"'] if "prompt" in known else []
+    words += ["class_labels=[0]"] if "class_labels" in known else []
+    words += [f"num_inference_steps={steps}", *(["guidance_scale=1.0"] if "guidance_scale" in known else [])]
+    return (
+        f"from diffusers import {kind.__name__}\n\n"
+        f'pipeline = {kind.__name__}.from_pretrained("{name}")\n'
+        f"samples = pipeline({', '.join(words)})"
+    )
 
 
 def _scheduler(diffusers: Any, student: nn.Module, config: dict[str, Any]) -> Any:
