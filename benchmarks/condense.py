@@ -183,21 +183,31 @@ def run(name: str, out: Path, folder: Path, numbers: Sequence[int]) -> None:
             write(out, *place, "summary", value=summary(read(out)[name][str(each)][row_name]["sets"]))
 
 
+def pictured(name: str, out: Path, folder: Path, picture: Path) -> None:
+    """Draw the sets of the first seed; those that are not there are made again, with the rates that were chosen."""
+    from condense_picture import MADE, REAL, gallery
+
+    rates, classes = read(out)[name]["tuned"], TASKS[name].splits(0).train.classes
+    for row, each in (*((row, 1) for row in (*REAL, *MADE)), ("INFER", 10)):
+        place = folder / "sets" / f"{row}-{each}-0"
+        if not place.is_dir():
+            ROWS[row].make(World(TASKS[name], 0, folder), each, rates[row]["pixels"]).save(place)
+            print(place, flush=True)
+    gallery(folder / "sets", picture / f"condense-{name}.png", classes, read(out)[name])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", choices=tuple(TASKS), action="append")
     parser.add_argument("--each", type=int, choices=EACH, action="append", help="images of each class")
-    parser.add_argument("--picture", type=Path, help="draw the sets there, and run nothing")
+    parser.add_argument("--picture", type=Path, help="draw the sets there, and measure nothing")
     given = parser.parse_args()
     torch.set_num_threads(1)
     for name in given.only or TASKS:
         folder = Path("runs") / "condense" / name
         if given.picture:
-            from condense_picture import gallery
-
-            classes = TASKS[name].splits(0).train.classes
-            gallery(folder / "sets", given.picture / f"condense-{name}.png", classes, read(given.out)[name])
+            pictured(name, given.out, folder, given.picture)
         else:
             run(name, given.out, folder, given.each or EACH)
 

@@ -30,8 +30,6 @@ def rows_of(folder: Path) -> list[tuple[str, str, list[Image.Image]]]:
     """Name, remark and tiles of each row, those of the first seed."""
     found = []
     for name in (*REAL, *MADE):
-        if not (folder / f"{name}-1-0").is_dir():  # it has not been made yet
-            continue
         small = Condensed.load(folder / f"{name}-1-0")
         found.append((name, "", [tile(image) for image in small.x.detach()]))
     infer = Condensed.load(folder / "INFER-10-0")

@@ -1,0 +1,205 @@
+"""A step of condensing beside the authors' public code, on the same network and the same images.
+
+    git clone https://github.com/AngusDujw/FTD-distillation
+    git clone https://github.com/AngusDujw/Diversity-Driven-Synthesis
+    python benchmarks/condense_authors.py --ftd FTD-distillation --dwa Diversity-Driven-Synthesis --out FILE
+
+- FTD: their flat network (`ReparamModule`) and their ConvNet (3 blocks of 32 channels), 100 images of 32 pixels, 10 inner steps
+  on all of them without augmentation, a fresh network in every iteration as their loop has it; ours in both forms.
+- DWA: their hooks on batch normalisation, torchvision's ResNet-18 with the stem for 32 pixels, one image of each of 10 classes,
+  no adjustment of weights; their loop leaves the network's own gradients on, and never clears them.
+
+That both differentiate the same loss is checked first. Ours is a whole run by the engine, longer less shorter, over the steps
+between; what is compared takes turns. Times are of the process's CPU, on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from condense_sets import following
+from measuring import machine, report, spread
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from limbeck import Optim, Roles
+from limbeck.core.roles import Role
+from limbeck.data import Data, TensorSource
+from limbeck.data.condensed import Condensed
+from limbeck.losses.trajectory import trajectory_matching
+from limbeck.methods.dwa.method import DWA
+from limbeck.methods.ftd.method import FTD
+from limbeck.optim.unroll import call_flat, unroll
+from limbeck.prove import fit, seeded
+from limbeck.teachers.statistics import Recovery
+from limbeck.teachers.trajectories import Trajectories, train_experts
+
+INNER, SIZE, WEIGHT = 10, 0.02, 0.05
+FEW, MANY = 2, 8
+
+
+def part(folder: Path, name: str) -> Any:
+    """A module of theirs."""
+    sys.path.insert(0, str(folder))
+    return import_module(name)
+
+
+def images(each: int) -> Condensed:
+    g = torch.Generator().manual_seed(0)
+    return Condensed(torch.rand(10 * each, 3, 32, 32, generator=g), torch.arange(10).repeat_interleave(each))
+
+
+def seconds(call: Callable[[int], Any]) -> float:
+    """Of one step: of many less few."""
+    times = []
+    for steps in (FEW, MANY):
+        start = time.process_time()
+        call(steps)
+        times.append(time.process_time() - start)
+    return (times[1] - times[0]) / (MANY - FEW)
+
+
+def turns(what: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, Any]:
+    times: dict[str, list[float]] = {name: [] for name in what}
+    for _ in range(rounds):
+        for name, call in what.items():
+            times[name].append(seconds(call))
+    own = {
+        f"theirs / ours, {name}": spread([a / b for a, b in zip(times["theirs"], times[name], strict=True)])
+        for name in what
+        if name != "theirs"
+    }
+    return {"seconds of theirs": spread(times["theirs"]), **own}
+
+
+def gap(a: Tensor, b: Tensor) -> float:
+    """How far two gradients are apart, of their length."""
+    found = float((a - b).norm() / a.norm())
+    assert found < 1e-4, f"they do not differentiate the same loss: {found}"
+    return found
+
+
+def trajectories(folder: Path, rounds: int) -> dict[str, Any]:
+    networks, flat = part(folder, "networks"), part(folder, "reparam_module").ReparamModule
+    small = images(10)
+
+    def make() -> nn.Module:
+        return networks.ConvNet(3, 10, 32, 3, "relu", "instancenorm", "avgpooling", (32, 32))
+
+    net = seeded(0, make)
+    source = TensorSource(small.x.detach(), small.y)
+    same: dict[str, Any] = {"experts": 1, "epochs": 2, "starts": 1, "expert_batch_size": 20, "radius": 0.0, "ema": 0.0}
+    method = FTD(**same, student_steps=INNER, expert_epochs=2, step_size=SIZE, step_size_lr=1e-4)
+    with tempfile.TemporaryDirectory() as kept:
+        train_experts(net, source, kept, method.expert_training)
+        experts = Trajectories(kept, net, method.expert_training)
+        start, target = experts(0, 0), experts(0, 2)
+
+        def matched(x: Tensor, size: Tensor) -> Tensor:
+            """Their inner loop."""
+            student, params = flat(make()), [start.clone().requires_grad_()]
+            student.train()
+            for _ in range(INNER):
+                loss = F.cross_entropy(student(x, flat_param=params[-1]), small.y)
+                (g,) = torch.autograd.grad(loss, params[-1], create_graph=True)
+                params.append(params[-1] - size * g)
+            return F.mse_loss(params[-1], target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
+
+        def theirs(steps: int) -> None:
+            x, size = small.x.detach().clone().requires_grad_(), torch.tensor(SIZE, requires_grad=True)
+            optimizers = [torch.optim.SGD([p], lr=lr, momentum=0.5) for p, lr in ((x, 1.0), (size, 1e-4))]
+            for _ in range(steps):
+                loss = matched(x, size)
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+
+        def ours(form: str, steps: int) -> None:
+            kind = following(method)
+            kind.known = experts
+            m = Roles(teacher=net, student=Condensed(small.x.detach().clone(), small.y, info=small.info))
+            optim = {"student": Optim("sgd", lr=1.0, momentum=0.5)}
+            fit(kind(**vars(replace(method, form=form))), m, Data(train=source), optim, steps=steps, batch_size=1)  # type: ignore[arg-type]
+
+        def inner(w: Tensor, i: int, x: Tensor) -> Tensor:
+            return F.cross_entropy(call_flat(net, w, x), small.y)
+
+        x, size = small.x.detach().clone().requires_grad_(), torch.tensor(SIZE)
+        (there,) = torch.autograd.grad(matched(x, size), x)
+        (end,) = unroll(inner, start, x, size, INNER)
+        (here,) = torch.autograd.grad(trajectory_matching(end, start, target), x)
+        found = turns(
+            {"theirs": theirs, "full": lambda n: ours("full", n), "constant": lambda n: ours("constant", n)}, rounds
+        )
+        return {"gap of the gradients": gap(there, here), **found}
+
+
+def statistics(folder: Path, rounds: int) -> dict[str, Any]:
+    utils = part(folder / "distillation", "utils")
+    small = images(1)
+    net: Any = seeded(0, lambda: resnet18(num_classes=10)).eval()
+    net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+
+    def recovered(hooks: list[Any], x: Tensor) -> Tensor:
+        loss = F.cross_entropy(net(x), small.y)
+        return loss + WEIGHT * torch.stack([(1 if k else 10.0) * hook.r_feature for k, hook in enumerate(hooks)]).sum()
+
+    def hooked() -> list[Any]:
+        layers = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
+        return [utils.BNFeatureHook(layer, SimpleNamespace(r_var=1.0)) for layer in layers]
+
+    def theirs(steps: int) -> None:
+        net.requires_grad_(True)
+        hooks, x = hooked(), small.x.detach().clone().requires_grad_()
+        optimizer = torch.optim.Adam([x], lr=0.1, betas=(0.5, 0.9))
+        for k in range(steps):
+            optimizer.zero_grad()
+            loss = recovered(hooks, torch.roll(x, (k % 4, k % 3), (2, 3)))
+            loss.backward()
+            optimizer.step()
+            x.data = utils.clip_image(x.data, "cifar10")
+        for hook in hooks:
+            hook.close()
+        net.zero_grad()
+
+    def ours(steps: int) -> None:
+        method = DWA(rho=0.0, variance_weight=1.0, bn_weight=WEIGHT, label_epochs=0)
+        m = Roles(teacher=net, student=Condensed(small.x.detach().clone(), small.y, info=small.info))
+        source = TensorSource(small.x.detach(), small.y)
+        fit(method, m, Data(train=source), {"student": Optim("adam", lr=0.1, betas=(0.5, 0.9))}, steps=steps)
+
+    hooks, x = hooked(), small.x.detach().clone().requires_grad_()
+    (there,) = torch.autograd.grad(recovered(hooks, x), x)
+    for hook in hooks:
+        hook.close()
+    (here,) = torch.autograd.grad(Recovery(WEIGHT)(Role("teacher", net), x, small.y), x)
+    return {"gap of the gradients": gap(there, here), **turns({"theirs": theirs, "a run": ours}, rounds)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("ftd", "dwa"):
+        parser.add_argument(f"--{name}", type=Path, required=True, help="a checkout")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    result = {"machine": machine("limbeck", "torchvision"), "ftd": trajectories(given.ftd, given.rounds)}
+    report(result | {"dwa": statistics(given.dwa, given.rounds)}, given.out)
+
+
+if __name__ == "__main__":
+    main()
