@@ -1,4 +1,4 @@
-"""The galleries of `fewstep.py`, of its result and of the samples that it keeps.
+"""The galleries of `fewstep.py`, of its result and of the samples that it keeps, and fronts: distance against NFE.
 
 python benchmarks/fewstep_pictures.py
 """
@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fewstep import FOLDER
-from fewstep_models import CLASSES, digits, whole
+from fewstep import FOLDER, TASKS
+from fewstep_models import CLASSES, whole
 from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor
 
-EACH, PIXEL, GAP, LEFT, TOP = 2, 5, 3, 196, 26  # samples of a class, and sizes in pixels
+from limbeck.report.figures import pareto
+
+EACH, SIDE, GAP, LEFT, TOP = 2, 40, 3, 196, 26  # samples of a class, and sizes in pixels
 LEFT_OUT = ("teacher, 8 steps", "teacher, 2 steps, fresh noise", "consistency, 2 steps")
 
 
 def rows(name: str, table: dict[str, Any]) -> dict[str, Tensor]:
     """Samples by row, those of a class one after the other; first real images."""
-    real = whole(digits()[2])
+    real = whole(TASKS[name].splits()[2])
     shown = {"test images": torch.cat([real.x[real.y == c][:EACH] for c in range(CLASSES)])}
     for label in table:
         path = FOLDER / f"{name}-{label}.safetensors"
@@ -34,7 +36,8 @@ def rows(name: str, table: dict[str, Any]) -> dict[str, Tensor]:
 def gallery(shown: dict[str, Tensor], table: dict[str, Any]) -> Image.Image:
     """A row of pictures for each way to sample, a pair of columns for each class."""
     low, high = shown["test images"].amin(), shown["test images"].amax()
-    size = next(iter(shown.values())).shape[-1] * PIXEL
+    size, small_pixels = SIDE, next(iter(shown.values())).shape[-1] < SIDE // 2
+    how = Image.Resampling.NEAREST if small_pixels else Image.Resampling.BICUBIC
     width, height = LEFT + CLASSES * (EACH * size + (EACH + 2) * GAP), TOP + len(shown) * (size + GAP)
     page = Image.new("RGB", (width, height), "white")
     draw, font, small = ImageDraw.Draw(page), ImageFont.load_default(14), ImageFont.load_default(12)
@@ -51,8 +54,19 @@ def gallery(shown: dict[str, Tensor], table: dict[str, Any]) -> Image.Image:
             pixels = (255 * (image - low) / (high - low)).clamp(0, 255).byte()
             pixels = 255 - pixels if len(pixels) == 1 else pixels  # ink is dark
             tile = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
-            page.paste(tile.resize((size, size), Image.Resampling.NEAREST), (place(k, size), y))
+            page.paste(tile.resize((size, size), how), (place(k, size), y))
     return page
+
+
+def front(table: dict[str, Any]) -> str:
+    """Distance against calls of the network (NFE), as SVG."""
+    points = [
+        {"name": label, "frechet_distance": row["frechet"][0], "nfe": row["nfe"]}
+        for label, row in table.items()
+        if row["nfe"]
+    ]
+    students = [p["name"] for p in points if not p["name"].startswith("teacher")]
+    return pareto(points, "frechet_distance", "nfe", chosen=students, height=480, standalone=True)
 
 
 def place(k: int, size: int) -> int:
@@ -71,6 +85,7 @@ def main() -> None:
         if found["rows"]:
             page = gallery(rows(name, found["rows"]), found["rows"])
             page.save(given.out / f"fewstep-{name}.png", optimize=True)
+            (given.out / f"fewstep-{name}.svg").write_text(front(found["rows"]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -55,16 +55,24 @@ def bars(models: Mapping[str, Mapping[str, float]], metric: str, width: int = 30
 
 
 def pareto(
-    points: Sequence[Mapping[str, Any]], quality: str, cost: str, chosen: Sequence[str] = (), width: int = 720
+    points: Sequence[Mapping[str, Any]],
+    quality: str,
+    cost: str,
+    chosen: Sequence[str] = (),
+    width: int = 720,
+    height: int | None = None,
+    standalone: bool = False,
 ) -> str:
     """Quality against cost of named candidates on a logarithmic axis, with the front of those that nothing beats.
 
     Args:
         points: Per candidate: `name`, and the two quantities; those without both numbers are left out.
-        quality: Key of the vertical quantity.
+        quality: Key of the vertical quantity; on a logarithmic axis where less is better and values differ tenfold.
         cost: Key of the horizontal quantity, above zero; the better side is judged by its name.
         chosen: Names to emphasise.
         width: In pixels.
+        height: In pixels; default 300 or, for wide figures, 340.
+        standalone: Whether the SVG is a file of its own, with its colours and a white ground.
 
     Returns:
         SVG text.
@@ -75,14 +83,15 @@ def pareto(
         2
     """
     shown = [p for p in points if _finite(p.get(quality)) and _finite(p.get(cost)) and p[cost] > 0]
-    height = 340 if width > 480 else 300
+    height = height or (340 if width > 480 else 300)
     svg = Svg(width, height, f"{label(quality)} against {label(cost)}")
     if not shown:
-        return svg.text(0, 20, "no candidate has both numbers", "soft").render()
+        return svg.text(0, 20, "no candidate has both numbers", "soft").render(standalone)
     xs, ys = [float(p[cost]) for p in shown], [float(p[quality]) for p in shown]
     left, right, top, bottom = 46, width - 12, 34, height - 44
-    x = Scale(*span(xs, 0.12, log=True), left, right, log=True)
-    y = Scale(*span(ys, 0.12), bottom, top)
+    tenfold = better(quality) == "lower" and 0 < 10 * min(ys) <= max(ys)
+    x = Scale(*span(xs, 0.2, log=True), left, right, log=True)
+    y = Scale(*span(ys, 0.12, log=tenfold), bottom, top, log=tenfold)
     svg.x_axis(x, top, bottom, [(t, show(cost, int(t) if t.is_integer() else t)) for t in x.ticks(width // 110)])
     svg.y_axis(y, left, right, [(t, f"{t:g}") for t in y.ticks()])
     sides = {"higher": "maximise", "lower": "minimise"}
@@ -92,7 +101,7 @@ def pareto(
     front = pareto_front(shown, **goals)
     stairs = _stairs(x, y, [(xs[i], ys[i]) for i in front], rising=better(cost) == better(quality))
     svg.path(stairs, "s0 wide dash")
-    svg.text(0, 14, label(quality), "strong")
+    svg.text(12 if standalone else 0, 14, label(quality) + (", logarithmic" if tenfold else ""), "strong")
     side = "right" if better(cost) == "higher" else "left"
     vertical = "up" if better(quality) == "higher" else "down"
     svg.text(right, 14, f"better: {vertical} and to the {side}", "soft", "end")
@@ -107,7 +116,7 @@ def pareto(
         cls = "f0" if picked else "ring s0" if i in front else "ring s5"
         svg.add("circle", tip=tip, cx=px, cy=py, r=7 if picked else 5, cls=cls)
         svg.text(*spot, name, "halo " + ("strong" if picked else "" if i in front else "soft"))
-    return svg.render()
+    return svg.render(standalone)
 
 
 def learning_curves(history: Sequence[Mapping[str, Any]], width: int = 340) -> list[str]:
@@ -258,7 +267,7 @@ def _spots(
     spots = []
     for (px, py), name in zip(places, names, strict=True):
         size = text_width(name)
-        around = [(side, py + dy) for dy in (4, -8, 16) for side in (px + 11, px - 11 - size)]
+        around = [(side, py + dy) for dy in (4, -8, 16, -20, 28) for side in (px + 11, px - 11 - size)]
         around += [(px + dx, py + dy) for dy in (-11, 20) for dx in (-size / 2, 4.0, -size - 4)]
         inside = [s for s in around if s[0] >= sides[0] and s[0] + size <= sides[1]] or [(sides[1] - size, py - 12)]
         spot = min(inside, key=lambda s: sum(_overlap(_box(s, size), t) for t in taken))
