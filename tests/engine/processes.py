@@ -11,9 +11,15 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from limbeck import Engine, Method, Optim, Roles, Update
+from limbeck.data import TensorSource
+from limbeck.diffusion import Cosine, Denoiser
 from limbeck.engine.run import execute
+from limbeck.methods.sid.method import SiD
+from limbeck.nn.time_mlp import TimeMLP
+from limbeck.prove import seeded
 
 SGD = Optim("sgd", lr=0.1, momentum=0.9, clip=1.0)
+SHARDED = {"shard": ("student",), "shard_sid": ("student", "fake")}
 
 
 class Tokens(Method):
@@ -39,10 +45,23 @@ class Collected(Method):
         yield Update("student")
 
 
+def sid():
+    """Three networks of one form, passes that stop half-way, and one that is held while another learns through it."""
+    teacher, student = (
+        seeded(k, lambda: Denoiser(TimeMLP(2, 16, classes=3), Cosine(), "sample", null=3)) for k in (1, 2)
+    )
+    g = torch.Generator().manual_seed(0)
+    data = TensorSource(torch.randn(96, 2, generator=g), torch.arange(96) % 3)
+    method = SiD(steps=2, gan_weight=0.3, gan_start=0.0, discriminator="net.body")
+    return method, Roles(teacher=teacher, student=student), SimpleNamespace(train=data)
+
+
 def case(name):
     """Method, roles, data."""
     if name == "gan":
         return Gan(), gan_roles(), SimpleNamespace(train=gan_data)
+    if name == "shard_sid":
+        return sid()
     students = Roles(student=net(8, 6, 4, seed=2))
     if name in ("tokens", "collected"):
         return (Tokens() if name == "tokens" else Collected()), students, table()
@@ -56,14 +75,15 @@ def main():
     method, roles, data = case("mimic" if name in ("shard", "resume") else name)
     engine = Engine(
         steps=6, batch_size=12 if name == "gan" else 32, processes=processes, micro_batches=micro, device="cpu",
-        log_every=1, checkpoint_every=4, shard=("student",) if name == "shard" and processes > 1 else (),
+        log_every=1, checkpoint_every=4, shard=SHARDED.get(name, ()) if processes > 1 else (),
     )  # fmt: skip
-    optim = dict.fromkeys(method.trains, SGD)
-    evaluate = accuracy if name not in ("gan",) else None
+    optim = dict.fromkeys((*method.trains, *method.makes), SGD)
+    evaluate = accuracy if name not in ("gan", "shard_sid") else None
     result = execute(method, roles, data, engine, optim=optim, evaluate=evaluate, out=out / "run")
     from limbeck.engine.checkpoint import Checkpoints
 
-    saved, _ = Checkpoints(out / "run" / "checkpoints", 2).load("00-train-end")
+    (end,) = (p.name for p in (out / "run" / "checkpoints").glob("*-train-end"))
+    saved, _ = Checkpoints(out / "run" / "checkpoints", 2).load(end)
     if torch.distributed.is_initialized() and torch.distributed.get_rank():
         return
     keys = [k for row in result.history for k in row if k.startswith("train/loss")]

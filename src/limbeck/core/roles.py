@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from limbeck.core.stages import Conversion
 
 
+def sharded(module: nn.Module) -> bool:
+    """Whether the parameters of a module are spread over processes."""
+    return any(hasattr(p, "device_mesh") for p in module.parameters())
+
+
 class Role:
     """One model under its name: called like the model, returns the tensor that losses are about.
 
@@ -63,10 +68,16 @@ class Role:
         try:
             for path in paths:
                 hooks.append(find(self.module, path, self.name).register_forward_hook(partial(_keep, taps, path)))
-            return main_output(call(self.module, self._input(x), **kwargs)), taps
+            output = main_output(call(self.module, self._input(x), **kwargs))
         finally:
             for hook in hooks:
                 hook.remove()
+        if (
+            taps and sharded(self.module) and output.requires_grad
+        ):  # parameters are gathered when gradients reach the output
+            nothing = 0 * output.sum()
+            taps = {path: tap + nothing if isinstance(tap, Tensor) else tap for path, tap in taps.items()}
+        return output, taps
 
     def upto(self, x: Any, path: str, **kwargs: Any) -> Any:
         """The output for `x` of the submodule named by dotted path, at which the forward pass stops.
@@ -78,7 +89,7 @@ class Role:
             >>> Role("student", net).upto(torch.ones(1, 2), "1").shape
             torch.Size([1, 4])
         """
-        if hasattr(next(self.module.parameters(), None), "device_mesh"):
+        if sharded(self.module):
             return self.features(x, path, **kwargs)[1][path]
         hook = find(self.module, path, self.name).register_forward_hook(_stop)
         try:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import UsageError, require
+from limbeck.core.roles import sharded
 from limbeck.engine.settings import Engine
 
 State = dict[str, Any]
@@ -164,11 +165,6 @@ class Distributed(Plain):
             optimizer.load_state_dict(state)
         else:
             set_optimizer_state_dict(module, optimizer, state, options=StateDictOptions(full_state_dict=True))
-
-
-def sharded(module: nn.Module) -> bool:
-    """Whether the parameters of a module are spread over processes."""
-    return any(type(p.data).__name__ == "DTensor" or hasattr(p, "device_mesh") for p in module.parameters())
 
 
 def make_runtime(engine: Engine) -> Runtime:

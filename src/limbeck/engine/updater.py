@@ -14,10 +14,10 @@ from limbeck.core.batch import Batch
 from limbeck.core.errors import RunError, UsageError
 from limbeck.core.method import Method, updates
 from limbeck.core.optim import Optim, OptimSpec
-from limbeck.core.roles import Roles
+from limbeck.core.roles import Roles, sharded
 from limbeck.core.stages import Train
 from limbeck.core.update import Update
-from limbeck.engine.runtime import Runtime, sharded
+from limbeck.engine.runtime import Runtime
 from limbeck.engine.settings import Engine
 
 Logs = dict[str, Tensor]
@@ -177,11 +177,20 @@ class Updater:
             )
         if not (isinstance(weight, float) and weight == 1.0):
             loss = loss * weight
-        if sharded(self.m[update.role].module) if self.runtime.world > 1 else False:
+        divided = self.runtime.world > 1 and sharded(self.m[update.role].module)
+        if divided:
             loss = loss * self.runtime.world  # sharded gradients are averaged by the reduce-scatter
         if update.role in self.scalers:
             loss = self.scalers[update.role].scale(loss)
-        torch.autograd.backward(loss, inputs=None if self.sole else self.params[update.role])
+        if self.sole or not divided:
+            torch.autograd.backward(loss, inputs=None if self.sole else self.params[update.role])
+            return
+        # The leaves of this graph are not the role's own parameters but what was gathered of them.
+        others = [p for role, params in self.params.items() if role != update.role for p in params]
+        kept = [p.grad for p in others]
+        loss.backward()
+        for p, gradient in zip(others, kept, strict=True):
+            p.grad = gradient
 
     def _count_scale(self, counts: list[Any], whole: int) -> Tensor | None:
         """What turns `count / whole` weights into shares of the global count; None when there is nothing to turn."""
