@@ -165,7 +165,9 @@ def _blocks(unet: Any) -> dict[str, str]:
             k = next(places)
             found[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{k}.0"
             found[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{k}.1"
-            found[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{k}.{1 + hasattr(block, 'attentions')}"  # the last one's
+            found[f"up_blocks.{i}.upsamplers.0"] = (
+                f"output_blocks.{k}.{1 + hasattr(block, 'attentions')}"  # the last one's
+            )
     return found
 
 
