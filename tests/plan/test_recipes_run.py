@@ -776,7 +776,7 @@ def noise():
     return Data(train=Noise((3, SIZE, SIZE), 16, **CLASSES))
 
 def images():
-    x = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(16, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     return Data(train=TensorSource(x, torch.arange(16) % 4))
 """
 
@@ -803,7 +803,7 @@ def test_a_recipe_takes_a_real_step_from_a_published_file(
     module.main()
     (weights,) = (tmp_path / "weights").iterdir()
     assert f"{recipe}.py:teacher@weights/{weights.name}" in (RECIPES / f"{name}.yaml").read_text()
-    size = 2 ** len(adm.multiples)  # the coarsest resolution is 2 x 2
+    size = 16 if adm.classes else 32
     code = PUBLISHED.replace("MODULE", recipe).replace("CLASSES", repr(classes)).replace("SIZE", str(size))
     names = {"teacher": f"teacher@{weights}", "data": data}
     result, z, y, _ = stepped(name, code, tmp_path, names, **{"engine.workers": 0})

@@ -52,6 +52,13 @@ def load_adm(unet: nn.Module, path: str | os.PathLike[str], order: Order | None 
 
     Raises:
         UsageError: There is no such file, it holds no state dictionary, or not one of this U-Net.
+
+    Example:
+        >>> load_adm(nn.Identity(), "edm_imagenet64_ema.pt")
+        Traceback (most recent call last):
+        limbeck.core.errors.UsageError: there is no such weights file
+          where: edm_imagenet64_ema.pt
+          fix: correct the path
     """
     unet.load_state_dict(from_adm(read_state(path), unet, order))
 

@@ -36,7 +36,7 @@ def read_state(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise UsageError("there is no such weights file", where=path, fix="correct the path")
     try:
         safe = path.suffix == ".safetensors"
-        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises many kinds for a damaged or unsafe file
         raise _unreadable(path, " ".join(str(error).split())[:300]) from None
     if not isinstance(state, Mapping):
