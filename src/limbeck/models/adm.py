@@ -168,13 +168,12 @@ def _blocks(unet: Any) -> dict[str, str]:
             found[f"down_blocks.{i}.downsamplers.0"] = f"input_blocks.{next(places)}.0"
     places = count()
     for i, block in enumerate(unet.up_blocks):
+        last = 1 + hasattr(block, "attentions")
         for j in range(len(block.resnets)):
             k = next(places)
             found[f"up_blocks.{i}.resnets.{j}"] = f"output_blocks.{k}.0"
             found[f"up_blocks.{i}.attentions.{j}"] = f"output_blocks.{k}.1"
-            found[f"up_blocks.{i}.upsamplers.0"] = (
-                f"output_blocks.{k}.{1 + hasattr(block, 'attentions')}"  # the last one's
-            )
+        found[f"up_blocks.{i}.upsamplers.0"] = f"output_blocks.{k}.{last}"
     return found
 
 
