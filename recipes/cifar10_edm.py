@@ -4,7 +4,8 @@
 
 takes the folder of a UNet of diffusers that was trained under the preconditioning of EDM and writes
 `weights/edm-cifar10.safetensors` beside this file. The networks that Karras et al. published have blocks of their own (another
-order of the condition, attention in fewer places), which no class of diffusers holds: those files are not read.
+order of the condition, attention in fewer places), which no class of diffusers holds, in pickles of their code: those files are
+not read. Published EDMs that are: `imagenet64.py` and `lsun256.py`.
 """
 
 import sys

@@ -1,9 +1,9 @@
 """The class-conditional EDM of ImageNet at 64 x 64 pixels (296 M parameters) as a denoiser, a smaller student, and the images.
 
-    python recipes/imagenet64.py UNET
+    python recipes/imagenet64.py edm_imagenet64_ema.pt
 
-takes the folder that diffusers' script `convert_consistency_to_diffusers.py` makes of `edm_imagenet64_ema.pt` (Song et al. 2023),
-and writes `weights/edm-imagenet64.safetensors` beside this file.
+takes the file that was published with consistency models (Song et al. 2023), and writes `weights/edm-imagenet64.safetensors`
+beside this file.
 """
 
 import sys
@@ -18,6 +18,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from limbeck.data import Data, DatasetSource, TensorSource
+from limbeck.data.noise import Noise
 from limbeck.diffusion import EDM, EDMDenoiser
 
 HERE = Path(__file__).parent / "weights"
@@ -59,6 +60,11 @@ def student() -> nn.Module:
     return denoiser(128)
 
 
+def noise() -> Data:
+    """Noise for the thousand classes in turn."""
+    return Data(train=Noise((3, 64, 64), 50_000, classes=1000))
+
+
 def images() -> Data:
     """The training images, a folder for each class, between -1 and 1."""
     folder = Path("data/imagenet64/train")
@@ -72,11 +78,12 @@ def images() -> Data:
 
 
 def main() -> None:
-    """Bring the weights into one file."""
+    """Bring the published file into the names of diffusers."""
     from limbeck.export.safetensors import save
+    from limbeck.models.adm import load_adm
 
     model: Any = teacher()
-    model.net.unet = UNet2DModel.from_pretrained(sys.argv[1])
+    load_adm(model.net.unet, sys.argv[1])
     HERE.mkdir(exist_ok=True)
     save(model, HERE / "edm-imagenet64.safetensors")
 

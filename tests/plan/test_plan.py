@@ -470,6 +470,7 @@ def test_several_teachers_and_unlabelled_data_are_planned() -> None:
 
 
 DEEP = {"disback-sd21", "mcm-modelscope", "mdt-dist-sd3", "phased-dmd-wan", "swiftbrush-sdxl"}
+DEEP |= {"dmd-imagenet64", "sid-lsun256"}  # as msd-imagenet64 and sid-imagenet64
 
 
 @pytest.mark.parametrize("file", sorted({*RECIPES.glob("*.yaml")} - {LARGE}), ids=lambda p: p.stem)
@@ -485,9 +486,10 @@ def test_every_recipe_plans(file: Path, tmp_path: Path) -> None:
     if file.stem.endswith(("sd21", "sdxl", "pixart", "sid-cifar10", "dmd-cifar10")):
         pytest.importorskip("diffusers")
         overrides = ["engine.batch_size=4", "engine.micro_batches=1"]  # to trace a thousand layers takes seconds
-    if "imagenet64" in file.stem:
+    if file.stem.endswith(("imagenet64", "lsun256")):
         pytest.importorskip("diffusers")
-        overrides = ["method.students=1", "engine.batch_size=4", "engine.micro_batches=1"]
+        overrides = ["engine.batch_size=4", "engine.micro_batches=1"]
+        overrides += ["method.students=1"] if file.stem.startswith("msd") else []
     if file.stem in ("cv-dd-imagenet", "dwa-imagenet-resnet18"):  # one slot in the place of a hundred
         overrides = ["student=condensed:1", "data.image_size=64", "method.classes_at_once=1000"]
         overrides += ["engine.batch_size=1", "engine.micro_batches=1"]

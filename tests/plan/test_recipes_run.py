@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adm_worlds import Adm
 
 from limbeck.api import build, load, run
 from limbeck.core.recipe import Recipe
@@ -76,6 +79,9 @@ TEXTS = {
     "snoopi-pixart": "has a test of its own below",
     "sid-cifar10": "has a test of its own below",
     "dmd-cifar10": "has a test of its own below",
+    "sid-imagenet64": "has a test of its own below",
+    "dmd-imagenet64": "has a test of its own below",
+    "sid-lsun256": "has a test of its own below",
 }
 
 
@@ -425,11 +431,11 @@ def stepped(name: str, code: str, folder: Path, names: dict[str, str], **more: A
     assert all(torch.equal(a, b) for a, b in zip(frozen, result.roles.teacher.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(frozen, student.parameters(), strict=True))
     loaded, batch = load(folder / "run", trust=True), job.data.train.batch(torch.arange(2), 0)
-    z = torch.randn(batch.x.shape, generator=torch.Generator().manual_seed(5))
+    z, y = torch.randn(batch.x.shape, generator=torch.Generator().manual_seed(5)), batch.get("y")
     with torch.no_grad():
-        made = student(z, condition=batch.y)
-        assert loaded(z, condition=batch.y).equal(made)
-    return result, z, batch.y, made
+        made = student(z, condition=y)
+        assert loaded(z, condition=y).equal(made)
+    return result, z, y, made
 
 
 VIDEO = """
@@ -756,6 +762,57 @@ def test_a_recipe_of_cifar10_takes_a_real_step(
             raw = net(sigma * z / total, torch.full((2,), sigma).log() / 4, y)
         expected = (0.25 * sigma * z / total + sigma * 0.5 * raw) / total
         torch.testing.assert_close(made, expected, rtol=1e-3, atol=1e-4)
+
+
+PUBLISHED = """
+import torch
+from MODULE import Data, Noise, denoiser
+from limbeck.data import TensorSource
+
+def teacher():
+    return denoiser(32, 1, **CLASSES)
+
+def noise():
+    return Data(train=Noise((3, SIZE, SIZE), 16, **CLASSES))
+
+def images():
+    x = torch.randn(16, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    return Data(train=TensorSource(x, torch.arange(16) % 4))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("sid-imagenet64", "noise"), ("dmd-imagenet64", "images"), ("sid-lsun256", "noise")]
+)
+def test_a_recipe_takes_a_real_step_from_a_published_file(
+    name: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("diffusers")
+    pytest.importorskip("torchvision")
+    recipe = name.partition("-")[2]
+    adm = Adm(32, (1, 2, 3, 4), 1, attention=(1, 2, 3), classes=4, head=32)
+    if recipe == "lsun256":
+        adm = Adm(32, (1, 1, 2, 2, 4, 4), 1, attention=(3, 4, 5), shift=False, head=32)
+    state, file = adm.state(), tmp_path / "edm_bedroom256_ema.pt"
+    torch.save(state, file)
+    monkeypatch.syspath_prepend(RECIPES)
+    module, classes = importlib.import_module(recipe), {"classes": 4} if adm.classes else {}
+    monkeypatch.setattr(module, "HERE", tmp_path / "weights")
+    monkeypatch.setattr(module, "teacher", lambda: module.denoiser(32, 1, **classes))
+    monkeypatch.setattr(sys, "argv", ["", str(file)])
+    module.main()
+    (weights,) = (tmp_path / "weights").iterdir()
+    assert f"{recipe}.py:teacher@weights/{weights.name}" in (RECIPES / f"{name}.yaml").read_text()
+    size = 16 if adm.classes else 32
+    code = PUBLISHED.replace("MODULE", recipe).replace("CLASSES", repr(classes)).replace("SIZE", str(size))
+    names = {"teacher": f"teacher@{weights}", "data": data}
+    result, z, y, _ = stepped(name, code, tmp_path, names, **{"engine.workers": 0})
+    sigma = torch.tensor([0.5, 20.0])
+    skip, total = (0.25 / (sigma**2 + 0.25)).view(-1, 1, 1, 1), (sigma**2 + 0.25).sqrt().view(-1, 1, 1, 1)
+    with torch.no_grad():
+        raw = adm.forward(state, z / total, 1000 * 0.25 * sigma.log(), y)
+        expected = skip * z + sigma.view(-1, 1, 1, 1) * 0.5 / total * raw
+        torch.testing.assert_close(result.roles.teacher.module(z, sigma, y), expected, rtol=1e-4, atol=1e-5)
 
 
 # Small networks of the classes of torchvision's models that remember batch statistics.

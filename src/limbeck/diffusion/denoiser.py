@@ -95,6 +95,7 @@ class EDMDenoiser(Denoiser):
         schedule: With `data`, the standard deviation of the data.
         null: As in `Denoiser`.
         keyword: As in `Denoiser`.
+        time_scale: The network is told `time_scale ln(sigma) / 4`: 1 by Karras et al., 1000 by Song et al. 2023.
 
     Example:
         >>> one = EDMDenoiser(lambda x, t: torch.zeros_like(x), EDM())
@@ -105,9 +106,14 @@ class EDMDenoiser(Denoiser):
     schedule: EDM
 
     def __init__(
-        self, net: Any, schedule: EDM | None = None, null: int | Tensor | None = None, keyword: str | None = None
+        self,
+        net: Any,
+        schedule: EDM | None = None,
+        null: int | Tensor | None = None,
+        keyword: str | None = None,
+        time_scale: float = 1.0,
     ) -> None:
-        super().__init__(net, schedule or EDM(), "sample", null=null, keyword=keyword)
+        super().__init__(net, schedule or EDM(), "sample", time_scale, null, keyword)
 
     def forward(self, x_t: Tensor, t: Tensor | None = None, condition: Tensor | None = None) -> Tensor:
         """`x_0` as the network predicts it."""
@@ -115,5 +121,5 @@ class EDMDenoiser(Denoiser):
         _, sigma = self.schedule.factors(t, x_t)
         data = self.schedule.data
         total = (sigma**2 + data**2).sqrt()
-        found = self._raw(x_t / total, t.log() / 4, condition)
+        found = self._raw(x_t / total, self.time_scale * t.log() / 4, condition)
         return (data / total) ** 2 * x_t + sigma * data / total * found

@@ -10,7 +10,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from limbeck.convert.subclasses import SubclassHead
@@ -18,6 +17,7 @@ from limbeck.core.errors import LimbeckError, UsageError, require
 from limbeck.data.images import Normalise
 from limbeck.export import safetensors
 from limbeck.models.specs import SCHEMES, import_object, is_object
+from limbeck.models.state import read_state
 
 _FORMS = "timm:NAME, torchvision:NAME, hf:NAME, st:NAME, layers:N, static, file.py:function, package.module:function, a folder"
 _WEIGHTS = re.compile(r"(.+)@(.+\.(?:safetensors|pt|pth))$")
@@ -296,20 +296,13 @@ def _fill(module: nn.Module, path: Path) -> nn.Module:
     if path.suffix == ".safetensors":
         safetensors.load(module, path)
         return module
-    if not path.is_file():
-        raise UsageError("there is no such weights file", where=path, fix="correct the path")
+    state = read_state(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = next((state[key] for key in ("state_dict", "model") if isinstance(state.get(key), Mapping)), state)
-        module.load_state_dict({name.removeprefix("module."): value for name, value in state.items()})
-    except Exception as error:  # unpickling raises many kinds for a damaged or unsafe file
+        module.load_state_dict(state)
+    except Exception as error:  # modules load as they like
         found = " ".join(str(error).split())[:300]
-        raise UsageError(
-            "these weights cannot be loaded",
-            where=path,
-            found=found,
-            expected=f"a state dictionary of {type(module).__name__}, without pickled code",
-        ) from None
+        expected = f"a state dictionary of {type(module).__name__}"
+        raise UsageError("these weights cannot be loaded", where=path, found=found, expected=expected) from None
     return module
 
 
