@@ -56,8 +56,9 @@ def gallery(folder: Path, out: Path, classes: Sequence[str], result: Mapping[str
     height = TOP + len(rows) * (CELL + GAP) + len(breaks) * 2 * GAP + GAP
     page = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(page)
+    heads = ImageFont.load_default(12 if max(map(len, classes)) > 7 else 17)
     for k, name in enumerate(classes):
-        draw.text((LEFT + k * (CELL + GAP) + CELL / 2, TOP / 2), name, FAINT, small, "mm")
+        draw.text((LEFT + k * (CELL + GAP) + CELL / 2, TOP / 2), name, FAINT, heads, "mm")
     draw.text((LEFT + len(classes) * (CELL + GAP) + GAP, TOP / 2), "hard / soft %", FAINT, small, "lm")
     y = TOP
     for i, (name, remark, tiles) in enumerate(rows):
