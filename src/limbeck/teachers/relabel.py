@@ -48,12 +48,12 @@ def _labelled(
     views: Views | None,
     epoch: int,
     parts: int = 1,
-    stored: Callable[[Tensor], bool] | None = None,
+    stored: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows `[B]` and logits `[B, C]` of the batches of an epoch, but for those that are stored."""
+    """Rows `[B]` and logits `[B, C]` of the batches of an epoch, but for those whose rows are all stored (bool `[N]`)."""
     plain = ((rows, None) for rows in torch.arange(len(images)).split(64))
     for rows, see in plain if views is None else views.epoch(epoch, len(images)):
-        if stored is None or not stored(rows):
+        if stored is None or not stored[rows].all():
             seen = images[rows] if see is None else see(images[rows])[0]
             yield rows, torch.cat([answer(x) for x in seen.chunk(parts)])
 
@@ -135,10 +135,8 @@ def collect_labels(
     writer = Writer(path, Header(_digest(who), _digest(what), "fp32" if views is None else "fp16", None, {}))
     with _by_the_batch(teachers if by_batch else ()):
         for epoch in range(epochs):
-            have = ~writer.missing(torch.arange(len(images)), epoch)
-            for rows, logits in _labelled(
-                images, answer, views, epoch, parts, lambda rows, have=have: bool(have[rows].all())
-            ):
+            stored = ~writer.missing(torch.arange(len(images)), epoch)
+            for rows, logits in _labelled(images, answer, views, epoch, parts, stored):
                 writer.add(rows, torch.full_like(rows, epoch), {OUTPUT: logits})
     writer.flush()
     return OutputStore(path, verify=False)
