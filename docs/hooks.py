@@ -224,6 +224,7 @@ def method_page(name: str) -> str:
         one for one in kind.__mro__ if one.__module__.startswith("limbeck.methods.")
     ]  # with the base that two may share
     code = "\n\n".join(Path(inspect.getfile(one)).read_text(encoding="utf-8") for one in kinds)
+    text = re.sub(r"\]\(\.\./(\w+)/card\.md\)", r"](\1.md)", text)  # between cards, as between their pages
     parts = [
         title,
         "| card | |\n|---|---|\n" + "\n".join(facts),

@@ -96,6 +96,15 @@ def test_links_of_the_readme_become_links_of_the_site(hooks):
     assert hooks.from_root(text) == "[a](start.md) ![b](img/x.svg) [kd](methods/kd.md) L [c](contributing.md)"
 
 
+def test_links_between_cards_become_links_between_pages(hooks):
+    linked = 0
+    for name in registry.METHODS:
+        assert "card.md)" not in hooks.method_page(name)
+        linked += registry.card(name).text.count("/card.md)")
+    assert linked
+    assert "[`dwa`](dwa.md)" in hooks.method_page("cv_dd")
+
+
 def test_the_readme_tells_the_verdicts_and_numbers_of_the_committed_proofs(hooks):
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for name in registry.METHODS:
