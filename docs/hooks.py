@@ -92,6 +92,11 @@ def from_root(text: str) -> str:
     return re.sub(r"\[([^\]]*)\]\((LICENSE|CHANGELOG\.md|changes/|recipes/|examples/\S*|benchmarks/\S*)\)", r"\1", text)
 
 
+def from_card(text: str) -> str:
+    """A card's text as a page of the site: links between cards become links between their pages."""
+    return re.sub(r"\]\(\.\./(\w+)/card\.md\)", r"](\1.md)", text)
+
+
 def file_block(path: str) -> str:
     """A file of the repository as a block of code."""
     return f'```python title="{path}"\n{(ROOT / path).read_text(encoding="utf-8")}```'
@@ -224,11 +229,10 @@ def method_page(name: str) -> str:
         one for one in kind.__mro__ if one.__module__.startswith("limbeck.methods.")
     ]  # with the base that two may share
     code = "\n\n".join(Path(inspect.getfile(one)).read_text(encoding="utf-8") for one in kinds)
-    text = re.sub(r"\]\(\.\./(\w+)/card\.md\)", r"](\1.md)", text)  # between cards, as between their pages
     parts = [
         title,
         "| card | |\n|---|---|\n" + "\n".join(facts),
-        text.strip(),
+        from_card(text.strip()),
         "## Fields\n\n" + fields_table(kind),
         proof_section(name, read_proof(name)),
         f"## Code\n\n```python\n{code}```",

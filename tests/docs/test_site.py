@@ -54,7 +54,7 @@ def test_no_object_is_on_two_pages_of_the_reference(hooks):
 @pytest.mark.parametrize("name", registry.METHODS)
 def test_a_method_page_has_card_fields_proof_and_code(hooks, name):
     page = hooks.method_page(name)
-    assert all(line in page for line in registry.card(name).text.splitlines())
+    assert all(line in page for line in hooks.from_card(registry.card(name).text).splitlines())
     assert all(f"`{field}`" in page for field, _, _ in hooks.fields(registry.find(name)))
     bases = [kind.__name__ for kind in registry.find(name).__mro__ if kind.__module__.startswith("limbeck.methods.")]
     assert all(f"class {base}(" in page for base in bases)
@@ -97,12 +97,8 @@ def test_links_of_the_readme_become_links_of_the_site(hooks):
 
 
 def test_links_between_cards_become_links_between_pages(hooks):
-    linked = 0
-    for name in registry.METHODS:
-        assert "card.md)" not in hooks.method_page(name)
-        linked += registry.card(name).text.count("/card.md)")
-    assert linked
-    assert "[`dwa`](dwa.md)" in hooks.method_page("cv_dd")
+    assert hooks.from_card("[`dwa`](../dwa/card.md) [x](../x.md)") == "[`dwa`](dwa.md) [x](../x.md)"
+    assert "card.md)" not in "".join(map(hooks.method_page, registry.METHODS))
 
 
 def test_the_readme_tells_the_verdicts_and_numbers_of_the_committed_proofs(hooks):
