@@ -60,4 +60,7 @@ def outcome(folder: Path) -> None:
     saved = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     kinds = [str(record.get("kind")).rpartition(":")[2] for record in saved.get("records", [])]
     verb = "family" if "make_elastic" in kinds and "extract" not in kinds else "export"
+    if (folder / "student" / "condensed.json").is_file():
+        print(f"next     limbeck distill --data condensed:{folder} --student SPEC")
+        return
     print(f"next     limbeck {verb} {folder}{' --trust' if '.py:' in str(saved.get('spec')) else ''}")

@@ -72,6 +72,10 @@ class AST(TrajectoryMatching):
         for name in ("penalty", "perturbation"):
             check_field(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         check_field("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        enough = self.intermediate == "none" or self.student_steps >= self.expert_epochs
+        check_field(
+            "student_steps", self.student_steps, enough, f"{self.expert_epochs} or more, one for each expert epoch"
+        )
 
     @property
     def expert_training(self) -> ExpertTraining:

@@ -126,11 +126,12 @@ class CVDD(Recovered):
         """One step of the images of all slots, one member of each slot after the other: only one graph is held."""
         small: Any = m.student.module
         roles, priors = list(m.teachers.values()), self.known(len(m.teachers))
-        count = min(self.members, len(roles))
+        each = small.info.get("images_per_class") or len(small.y) // small.num_classes
+        count, chunks = min(self.members, len(roles)), len(slots.rows) // each
         for k in range(count):
             losses = []
             for i, slot in enumerate(numbers(batch.x)):
-                chosen = seats(slot, len(roles), count, self.choice, priors, m.seed)
+                chosen = seats(slot // chunks, len(roles), count, self.choice, priors, m.seed)
                 weight = votes([priors[j] for j in chosen], self.vote_temperature)[k]
                 rows = slots.rows[slot]
                 x = self.view(m, batch, i, small.x[rows])

@@ -71,7 +71,7 @@ class VSD(Method):
 
     def check(self, m: Roles, batch: Batch) -> None:
         """The teacher is a denoiser that can be copied, or there is a `fake` already."""
-        check_denoisers(m, "teacher", "fake")
+        check_denoisers(m, "teacher", "fake", batch=batch if self.score == "learned" else None)
         if self.score == "learned":
             check_follower(m)
 
