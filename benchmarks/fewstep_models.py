@@ -47,9 +47,9 @@ def digits() -> list[TensorSource]:
 
 @cache
 def cifar10() -> list[TensorSource]:
-    """20,000 images of 32 pixels to train on, 500 to tune and 2,000 to test."""
-    train = cifar10_images(20_500, size=32)
-    learned, tuned = train.subset(torch.arange(20_000)), train.subset(torch.arange(20_000, 20_500))
+    """19,500 images of 32 pixels to train on, 500 to tune and 2,000 to test."""
+    train = cifar10_images(20_000, size=32)
+    learned, tuned = train.subset(torch.arange(19_500)), train.subset(torch.arange(19_500, 20_000))
     return [learned, tuned, cifar10_images(2000, split="test", size=32)]
 
 
