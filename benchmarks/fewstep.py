@@ -169,11 +169,11 @@ ARMS = {
 TASKS = {
     "digits": Task(
         "scikit-learn's digits at 8 px; a DiTTransformer2DModel of 177 thousand numbers",
-        dit, (2500, 1e-3), 240, (1e-4, 3e-4), tuple(ARMS),
+        dit, (2500, 1e-3), 240, (3e-5, 1e-4, 3e-4), tuple(ARMS),
     ),
     "digits-unet": Task(
         "the same digits; a UNet2DModel of 160 thousand numbers",
-        unet, (2500, 2e-3), 240, (1e-4, 3e-4), tuple(ARMS),
+        unet, (2500, 2e-3), 240, (3e-5, 1e-4, 3e-4), tuple(ARMS),
     ),
     "cifar10": Task(
         "CIFAR-10 at 32 px; a UNet2DModel of 621 thousand numbers",
