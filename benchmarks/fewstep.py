@@ -58,6 +58,7 @@ class Task:
         splits: Images to train, to tune and to test on.
         seeds: What is reported.
         batch: Images of a step.
+        judge: Steps of the classifier.
     """
 
     about: str
@@ -67,8 +68,9 @@ class Task:
     rates: tuple[float, ...]
     arms: tuple[str, ...]
     splits: Callable[[], list[TensorSource]] = digits
-    seeds: tuple[int, ...] = (0, 1)
+    seeds: tuple[int, ...] = (0, 1, 2)
     batch: int = 64
+    judge: int = 600
 
 
 @dataclass(frozen=True)
@@ -167,15 +169,20 @@ ARMS = {
 TASKS = {
     "digits": Task(
         "scikit-learn's digits at 8 px; a DiTTransformer2DModel of 177 thousand numbers",
-        dit, (2500, 1e-3), 120, (1e-4, 3e-4), tuple(ARMS),
+        dit, (2500, 1e-3), 240, (3e-5, 1e-4, 3e-4), tuple(ARMS),
     ),
     "digits-unet": Task(
         "the same digits; a UNet2DModel of 160 thousand numbers",
-        unet, (2500, 2e-3), 120, (1e-4, 3e-4), ("swiftbrush", "mdt_dist"),
+        unet, (2500, 2e-3), 240, (3e-5, 1e-4, 3e-4), tuple(ARMS),
     ),
     "cifar10": Task(
-        "CIFAR-10 at 16 px; a UNet2DModel of 637 thousand numbers",
-        partial(unet, 16, 3, (32, 64)), (1000, 2e-3), 60, (1e-4, 3e-4), ("dmd", "sid", "mdt_dist"), cifar10, (0,),
+        "CIFAR-10 at 32 px; a UNet2DModel of 621 thousand numbers",
+        partial(unet, 32, 3, (16, 32, 64)), (1500, 2e-3), 100, (1e-4, 3e-4),
+        ("consistency", "dmd", "sid", "mdt_dist", "sid 4"), cifar10, judge=1500,
+    ),
+    "cifar10-dit": Task(
+        "CIFAR-10 at 32 px; a DiTTransformer2DModel of 837 thousand numbers",
+        partial(dit, 32, 3, 4, 4, 4), (2500, 1e-3), 100, (1e-4, 3e-4), ("consistency", "dmd", "sid"), cifar10, judge=1500,
     ),
 }  # fmt: skip
 
@@ -195,14 +202,14 @@ def kept(name: str, make: Callable[[], nn.Module], train: Callable[[nn.Module], 
 
 
 @cache
-def judge(splits: Callable[[], list[TensorSource]]) -> nn.Module:
+def judge(splits: Callable[[], list[TensorSource]], steps: int) -> nn.Module:
     """The classifier of real images."""
     train = splits()[0]
     channels = whole(train).x.shape[1]
 
     def learn(module: nn.Module) -> None:
         optim = Optim("adamw", lr=3e-3, weight_decay=0.05, schedule="cosine")
-        fit(supervised, Roles(student=module), train, {"student": optim}, steps=600, batch_size=64)
+        fit(supervised, Roles(student=module), train, {"student": optim}, steps=steps, batch_size=64)
 
     return kept(f"{splits.__name__}-judge", partial(Judge, channels), learn)
 
@@ -235,7 +242,7 @@ def generate(task: Task, call: Generator, count: int, seed: int) -> tuple[Tensor
 
 def judged(task: Task, x: Tensor, y: Tensor, split: int) -> dict[str, float]:
     """Samples beside real images, in the features of the classifier."""
-    classifier: Any = judge(task.splits)
+    classifier: Any = judge(task.splits, task.judge)
     with torch.no_grad():
         real = classifier.body(whole(task.splits()[split]).x)
         made = classifier.body(x)
@@ -394,7 +401,7 @@ def main() -> None:
     for name in given.tasks:
         task = TASKS[name]
         teacher(name)
-        right = accuracy(Roles(student=judge(task.splits)), task.splits()[2])
+        right = accuracy(Roles(student=judge(task.splits, task.judge)), task.splits()[2])
         print(f"{name}: the classifier is right in {right:.1f} % of the test images", flush=True)
         run(trials, name, tuple(given.arms or (*TEACHER, *task.arms)))
     report(summary(trials.rows()), given.out)

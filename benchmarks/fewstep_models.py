@@ -47,10 +47,10 @@ def digits() -> list[TensorSource]:
 
 @cache
 def cifar10() -> list[TensorSource]:
-    """10,000 images of 16 pixels to train on, 500 to tune and 2,000 to test."""
-    train = cifar10_images(10_500)
-    learned, tuned = train.subset(torch.arange(10_000)), train.subset(torch.arange(10_000, 10_500))
-    return [learned, tuned, cifar10_images(2000, split="test")]
+    """19,500 images of 32 pixels to train on, 500 to tune and 2,000 to test."""
+    train = cifar10_images(20_000, size=32)
+    learned, tuned = train.subset(torch.arange(19_500)), train.subset(torch.arange(19_500, 20_000))
+    return [learned, tuned, cifar10_images(2000, split="test", size=32)]
 
 
 def whole(source: TensorSource) -> Batch:
@@ -58,26 +58,26 @@ def whole(source: TensorSource) -> Batch:
     return source.batch(torch.arange(len(source)), 0)
 
 
-def unet(size: int = 8, channels: int = 1, widths: tuple[int, int] = (16, 32)) -> nn.Module:
+def unet(size: int = 8, channels: int = 1, widths: tuple[int, ...] = (16, 32)) -> nn.Module:
     """A small U-Net of diffusers as the velocity of a flow; class 10 is the empty one."""
     from diffusers import UNet2DModel
 
     net = UNet2DModel(
         sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=1, block_out_channels=widths,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, norm_num_groups=8,
+        down_block_types=("DownBlock2D",) * len(widths), up_block_types=("UpBlock2D",) * len(widths), norm_num_groups=8,
         add_attention=False, num_class_embeds=CLASSES + 1,
     )  # fmt: skip
     return Denoiser(net, FLOW, "flow_prediction", time_scale=999, null=CLASSES, keyword="class_labels")
 
 
-def dit() -> nn.Module:
+def dit(size: int = 8, channels: int = 1, patch: int = 2, heads: int = 2, layers: int = 3) -> nn.Module:
     """A small DiT of diffusers, without its own dropping of classes, which draws from the global generator."""
     from diffusers import DiTTransformer2DModel
     from diffusers.models.embeddings import LabelEmbedding
 
     net = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=24, in_channels=1, out_channels=1, num_layers=3, sample_size=8,
-        patch_size=2, num_embeds_ada_norm=CLASSES, norm_num_groups=1,
+        num_attention_heads=heads, attention_head_dim=24, in_channels=channels, out_channels=channels, num_layers=layers,
+        sample_size=size, patch_size=patch, num_embeds_ada_norm=CLASSES, norm_num_groups=1,
     )  # fmt: skip
     for part in net.modules():
         if isinstance(part, LabelEmbedding):
