@@ -84,7 +84,7 @@ def main() -> None:
     for name, found in tables.items():
         if found["rows"]:
             page = gallery(rows(name, found["rows"]), found["rows"])
-            page.save(given.out / f"fewstep-{name}.png", optimize=True)
+            page.quantize(256).save(given.out / f"fewstep-{name}.png", optimize=True)
             (given.out / f"fewstep-{name}.svg").write_text(front(found["rows"]), encoding="utf-8")
 
 

@@ -64,8 +64,8 @@ def unroll(
         momentum: Of heavy ball, in [0, 1).
         form: `full` keeps the graph of all steps. `constant` keeps the parameters alone and goes back step by step: the same
             gradient, with the memory of one step's graph. `tesla` leaves out, as the formula of TESLA does, what later
-            parameters owe to earlier data (Cui et al. 2023): the same for one step, else another gradient. Its factor 2, which the
-            published code has lost, is in here: the code is this at half the rate of the data.
+            parameters owe to earlier data (Cui et al. 2023): the same for one step, else another gradient. Its factor 2,
+            which the published code has lost, is in here: the code is this at half the rate of the data.
         keep: Further steps after which the parameters are wanted.
 
     Returns:
