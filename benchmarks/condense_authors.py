@@ -111,7 +111,8 @@ def trajectories(folder: Path, rounds: int) -> dict[str, Any]:
             student, params = flat(make()), [start.clone().requires_grad_()]
             student.train()
             for _ in range(INNER):
-                loss = F.cross_entropy(student(x, flat_param=params[-1]), small.y)
+                rows = torch.randperm(len(x))  # as they draw batches, here of all
+                loss = F.cross_entropy(student(x[rows], flat_param=params[-1]), small.y[rows])
                 (g,) = torch.autograd.grad(loss, params[-1], create_graph=True)
                 params.append(params[-1] - size * g)
             return F.mse_loss(params[-1], target, reduction="sum") / F.mse_loss(start, target, reduction="sum")

@@ -178,7 +178,7 @@ TASKS = {
     "cifar10": Task(
         "CIFAR-10 at 32 px; a UNet2DModel of 621 thousand numbers",
         partial(unet, 32, 3, (16, 32, 64)), (1500, 2e-3), 100, (1e-4, 3e-4),
-        ("consistency", "dmd", "sid", "mdt_dist", "sid 4"), cifar10, judge=1500,
+        ("consistency", "dmd", "sid", "mdt_dist"), cifar10, judge=1500,
     ),
     "cifar10-dit": Task(
         "CIFAR-10 at 32 px; a DiTTransformer2DModel of 837 thousand numbers",

@@ -19,7 +19,7 @@ from limbeck.nn.time_mlp import TimeMLP
 from limbeck.prove import seeded
 
 SGD = Optim("sgd", lr=0.1, momentum=0.9, clip=1.0)
-SHARDED = {"shard": ("student",), "shard_sid": ("student", "fake")}
+SHARDED = {"shard": ("student",), "shard_gan": Gan.trains, "shard_sid": ("student", "fake")}
 
 
 class Tokens(Method):
@@ -58,7 +58,7 @@ def sid():
 
 def case(name):
     """Method, roles, data."""
-    if name == "gan":
+    if name.endswith("gan"):
         return Gan(), gan_roles(), SimpleNamespace(train=gan_data)
     if name == "shard_sid":
         return sid()
@@ -74,11 +74,11 @@ def main():
     name, processes, micro, out = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     method, roles, data = case("mimic" if name in ("shard", "resume") else name)
     engine = Engine(
-        steps=6, batch_size=12 if name == "gan" else 32, processes=processes, micro_batches=micro, device="cpu",
+        steps=6, batch_size=12 if name.endswith("gan") else 32, processes=processes, micro_batches=micro, device="cpu",
         log_every=1, checkpoint_every=4, shard=SHARDED.get(name, ()) if processes > 1 else (),
     )  # fmt: skip
     optim = dict.fromkeys((*method.trains, *method.makes), SGD)
-    evaluate = accuracy if name not in ("gan", "shard_sid") else None
+    evaluate = accuracy if not name.endswith(("gan", "sid")) else None
     result = execute(method, roles, data, engine, optim=optim, evaluate=evaluate, out=out / "run")
     from limbeck.engine.checkpoint import Checkpoints
 

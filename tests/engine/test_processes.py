@@ -25,7 +25,7 @@ def go(name, processes, micro, out):
     return load_file(out / "weights.safetensors"), json.loads((out / "losses.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["mimic", "gan", "tokens", "collected", "shard", "shard_sid"])
+@pytest.mark.parametrize("name", ["mimic", "gan", "tokens", "collected", "shard", "shard_gan", "shard_sid"])
 def test_two_processes_equal_one(tmp_path, name):
     pytest.importorskip("lightning")
     weights, losses = go(name, 1, 1, tmp_path / "one")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from limbeck.core.errors import UsageError
-from limbeck.diffusion import Denoiser, RectifiedFlow, Sampler, Table
+from limbeck.diffusion import Denoiser, Experts, RectifiedFlow, Sampler, Table
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -143,6 +143,9 @@ def test_what_does_not_fit(tmp_path):
         to_pipeline(Sampler(student, (0.625, 0.3)), pipeline, tmp_path)
     with pytest.raises(UsageError, match="no scheduler for these steps"):
         to_pipeline(Sampler(student, (1.0, 0.5), "fixed"), pipeline, tmp_path)
+    both = Experts([student, student], bounds=(0.5,))
+    with pytest.raises(UsageError, match="room for one network"):
+        to_pipeline(Sampler(both, (1.0, 0.25)), pipeline, tmp_path)
     own = diffusers.DDIMPipeline(unet=pipeline.unet, scheduler=pipeline.scheduler)
     with pytest.raises(UsageError, match="takes another scheduler"):
         to_pipeline(Sampler(student, (1.0, 0.5)), own, tmp_path)

@@ -216,6 +216,14 @@ def test_halves_of_a_batch_have_statistics_of_their_own_in_a_run():
     assert ("label_parts" in whole.info, halves.info["label_parts"]) == (False, 2)
 
 
+def test_no_part_of_a_last_batch_is_a_single_sample():
+    small = recovered(CVDD(operations=(), label_batch_size=4, label_epochs=2, label_parts=2), committee(0, 1))
+    assert len(small) % 4 == 2  # two samples over, of which each part would have one
+    assert small.soft.isfinite().all()
+    assert small.info["views"]["least"] == 4
+    assert [len(rows) for rows, _ in Views(4, least=4).epoch(0, 6)] == [6]
+
+
 def test_the_stretched_cosine():
     plain, stretched = (Optim(lr=1.0, schedule="cosine", stretch=s) for s in (1.0, 2.0))
     assert plain.factor(100, 100) == pytest.approx(0)

@@ -120,6 +120,16 @@ def test_a_stair_is_reached_by_a_point_of_the_front():
             assert any(sign * (px - x) >= 0 and py <= y for px, py, _ in front)
 
 
+def test_tenfold_differences_of_what_should_be_small_are_on_a_logarithmic_axis():
+    points = [{"name": str(d), "distance": d, "nfe": 100 / d} for d in (1, 10, 100)]
+    svg = pareto(points, "distance", "nfe", height=500, standalone=True)
+    heights = [circles(svg)[str(d)][1] for d in (1, 10, 100)]
+    assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.02)
+    assert {"Distance, logarithmic", "better: down and to the left"} <= set(texts(svg))
+    assert 'height="500"' in svg
+    assert "Distance" in texts(pareto([points[0], {"name": "b", "distance": 2, "nfe": 9}], "distance", "nfe"))
+
+
 def test_names_do_not_cover_each_other():
     points = [{"name": f"candidate {i}", "mrr": 0.7 + 0.01 * i, "bytes": 50e6 + 2e6 * i} for i in range(4)]
     svg = pareto([*points, {"name": "far", "mrr": 0.2, "bytes": 1e6}], "mrr", "bytes")

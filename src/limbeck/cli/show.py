@@ -62,5 +62,5 @@ def outcome(folder: Path) -> None:
     verb = "family" if "make_elastic" in kinds and "extract" not in kinds else "export"
     if (folder / "student" / "condensed.json").is_file():
         print(f"next     limbeck distill --data condensed:{folder} --student SPEC")
-        return
-    print(f"next     limbeck {verb} {folder}{' --trust' if '.py:' in str(saved.get('spec')) else ''}")
+    elif manifest.is_file():  # other data sets are read in Python
+        print(f"next     limbeck {verb} {folder}{' --trust' if '.py:' in str(saved.get('spec')) else ''}")

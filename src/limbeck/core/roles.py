@@ -72,10 +72,8 @@ class Role:
         finally:
             for hook in hooks:
                 hook.remove()
-        if (
-            taps and sharded(self.module) and output.requires_grad
-        ):  # parameters are gathered when gradients reach the output
-            nothing = 0 * output.sum()
+        if taps and output.requires_grad and sharded(self.module):
+            nothing = 0 * output.sum()  # parameters are gathered when gradients reach the output
             taps = {path: tap + nothing if isinstance(tap, Tensor) else tap for path, tap in taps.items()}
         return output, taps
 

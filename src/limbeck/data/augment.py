@@ -87,11 +87,12 @@ class Views:
     Labels that are given to such views can be stored without them, and are right for whoever goes through them again.
 
     Args:
-        batch_size: Samples of a batch, at most all; a last batch of one sample joins the one before.
+        batch_size: Samples of a batch, at most all.
         operations: Names of augmentations, see `augment`.
         mixing: `none`, `mixup` or `cutmix`.
         alpha: Of the Beta distribution of shares.
         seed: Of everything.
+        least: A last batch of fewer samples joins the one before.
 
     Example:
         >>> views = Views(batch_size=2, operations=("flip",), mixing="mixup")
@@ -105,6 +106,7 @@ class Views:
     mixing: Mix = "none"
     alpha: float = 1.0
     seed: int = 0
+    least: int = 2
 
     def epoch(
         self, epoch: int, count: int
@@ -113,7 +115,7 @@ class Views:
         rng = np.random.default_rng([self.seed & 0xFFFFFFFF, epoch])
         order = torch.from_numpy(rng.permutation(count))
         parts = list(order.split(min(self.batch_size, count)))
-        if len(parts) > 1 and len(parts[-1]) == 1:
+        if len(parts) > 1 and len(parts[-1]) < self.least:
             parts[-2:] = [torch.cat(parts[-2:])]
         for rows in parts:
             base = mix(mix(torch.tensor([(self.seed << 20) + epoch])) + rows)

@@ -147,7 +147,7 @@ class Condensed(nn.Module):
         return cls(**parts, learn=notes.get("learn", ()), info=notes.get("info", {}))
 
     def source(self) -> TensorSource:
-        """The samples with their class numbers, for a training of any kind."""
+        """The samples with their class numbers, for a training of any kind; soft labels and step size stay behind."""
         with torch.no_grad():
             return TensorSource(self().detach(), self.y, torch.arange(len(self)), classes=self.info.get("classes"))
 

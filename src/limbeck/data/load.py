@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -81,7 +82,11 @@ def _load(spec: Any, o: DataOptions, tokenizer: Tokenizer) -> Data:
     if text == "docstrings":
         return embedded.docstrings(tokenizer, o.max_length)
     if text.startswith(f"{CONDENSED}:"):
-        return Data(train=Condensed.load(text.partition(":")[2]).source())
+        small = Condensed.load(text.partition(":")[2])
+        if small.soft is not None:
+            told = "the soft labels of this set are not read, only its class numbers: Condensed.load(...).train(model) uses them"
+            warnings.warn(told, stacklevel=2)
+        return Data(train=small.source())
     if text.startswith("hf:"):
         return from_tables(_hub(text.removeprefix("hf:")), o, tokenizer)
     if is_object(text):

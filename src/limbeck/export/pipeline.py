@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from limbeck.core.errors import UsageError, require
-from limbeck.diffusion.sampler import Sampler
+from limbeck.diffusion.sampler import Experts, Sampler
 from limbeck.export.cards import write_card
 
 _PARTS = ("unet", "transformer")
@@ -39,8 +39,8 @@ def to_pipeline(
         results: Content of the run's `metrics.json`, for the card.
 
     Raises:
-        UsageError: The student holds no network of that kind, or its steps are not those that the scheduler can take, or the
-            pipeline has a scheduler of its own.
+        UsageError: The student holds no network of that kind, or several experts; its steps are not those that the scheduler
+            can take; or the pipeline has a scheduler of its own.
 
     Returns:
         The folder.
@@ -48,6 +48,11 @@ def to_pipeline(
     from limbeck.convert.lora import MergeLora
 
     diffusers = require("diffusers", extra="fewstep")
+    if any(isinstance(part, Experts) for part in student.modules()):
+        raise UsageError(
+            "a pipeline of diffusers has room for one network", where="student", found="several experts",
+            fix="sample with the student itself, or write each expert by its own",
+        )  # fmt: skip
     name = next((part for part in _PARTS if getattr(pipeline, part, None) is not None), None)
     own: Any = None if name is None else getattr(pipeline, name)
     whole, _ = MergeLora()(student)

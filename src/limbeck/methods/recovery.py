@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -129,6 +129,7 @@ class Recovered(Method):
             parts: A batch is divided into so many, where labels come from its statistics.
         """
         views, own = self.views(m.seed), parts if self.label_statistics == "batch" else 1
+        views = views and replace(views, least=2 * own)  # a part of one sample has no statistics
 
         def label(m: Roles, folder: Any) -> int:
             small, teachers = m.student.module, list(m.teachers.values())

@@ -9,8 +9,8 @@ _COUNTS = {"parameters", "params", "trainable", "flops"}
 _TIMES = {"latency", "seconds", "time"}
 _LOWER = {"loss", "error", "distance", "ece", "kl", "perplexity", "nfe"} | _SIZES | _COUNTS | _TIMES
 _WORDS = {"mrr": "MRR", "f1": "F1", "ece": "ECE", "kl": "KL", "flops": "FLOPs", "lr": "learning rate", "stsb": "STS-B"}
-_WORDS |= {"top1": "top-1", "top5": "top-5", "map": "mAP", "ndcg": "nDCG", "onnx": "ONNX", "cpu": "CPU", "gpu": "GPU"}
-_WORDS["nfe"] = "NFE"
+_WORDS |= {"top1": "top-1", "top5": "top-5", "map": "mAP", "ndcg": "nDCG", "onnx": "ONNX", "cpu": "CPU"}
+_WORDS |= {"gpu": "GPU", "nfe": "NFE"}
 
 
 def better(name: str) -> Literal["higher", "lower"]:
