@@ -44,7 +44,8 @@ class Trial:
     Args:
         validation: The metric that the value is chosen by.
         test: The metric that is reported.
-        passes: Passes through each model, as `fit` returns them; all arms must have equally many of the student.
+        passes: Passes through each model, as `fit` returns them; all arms must have equally many of the student, and
+            what teachers and other roles are asked beside it is reported.
         also: Other numbers of the test, by name: nothing is chosen or asserted by them, and they are reported.
     """
 
@@ -202,7 +203,7 @@ def fit(
         **engine: Fields of `Engine`, such as `epochs`, `batch_size` and `seed`.
 
     Returns:
-        The passes through each role; of a whole method, only those in training mode.
+        The passes through each role that was there before; of a whole method's learning roles, only those in training mode.
 
     Example:
         >>> from limbeck import Optim
@@ -219,9 +220,12 @@ def fit(
     else:
         frozen = [name for name in m if name not in optim]
         method, whole = _OneStage(Train(program, roles=optim, frozen=frozen, data=data)), False
-    with count_passes(learning=whole, **{name: role.module for name, role in m.items()}) as passes:
+    modules = {name: role.module for name, role in m.items()}
+    learners = {name: module for name, module in modules.items() if name in optim}
+    others = {name: module for name, module in modules.items() if name not in optim}
+    with count_passes(learning=whole, **learners) as passes, count_passes(learning=False, **others) as asked:
         execute(method, m, data, settings, optim=optim)
-    return passes
+    return passes | asked
 
 
 @dataclass(frozen=True, eq=False)

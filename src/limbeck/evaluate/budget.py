@@ -1,6 +1,6 @@
 """What each model of an arm was made to compute, so that arms can be shown to have the same budget."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -22,6 +22,10 @@ class Passes:
     forward: int = 0
     backward: int = 0
     examples: int = 0
+
+    def __add__(self, other: "Passes") -> "Passes":
+        """Those of both."""
+        return Passes(self.forward + other.forward, self.backward + other.backward, self.examples + other.examples)
 
 
 @contextmanager
@@ -60,6 +64,20 @@ def count_passes(*, learning: bool = False, **modules: nn.Module) -> Iterator[di
     finally:
         for handle in handles:
             handle.remove()
+
+
+def total_passes(budgets: Iterable[Mapping[str, Passes]]) -> dict[str, Passes]:
+    """The sums by name, of models that several trainings had.
+
+    Example:
+        >>> total_passes([{"student": Passes(1, 1, 8)}, {"student": Passes(2, 1, 16), "fake": Passes(4, 4, 32)}])["student"]
+        Passes(forward=3, backward=2, examples=24)
+    """
+    total: dict[str, Passes] = {}
+    for budget in budgets:
+        for name, passes in budget.items():
+            total[name] = total.get(name, Passes()) + passes
+    return total
 
 
 def as_dict(budget: dict[str, Passes]) -> dict[str, dict[str, int]]:

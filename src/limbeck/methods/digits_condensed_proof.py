@@ -58,7 +58,7 @@ def condense(
     passes = fit(
         step, m, Segments(matching, method.starts), {"student": optim}, steps=ITERATIONS, batch_size=1, seed=seed
     )
-    return small, {"student": passes["student"]}
+    return small, passes
 
 
 def unchanged() -> dict[str, Passes]:

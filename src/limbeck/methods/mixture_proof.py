@@ -82,12 +82,12 @@ def begun(seed: int, kind: str, hidden: int = 64) -> nn.Module:
 def distil(
     program: Step, m: Roles, data: Source, rates: Mapping[str, float], steps: int, batch: int, seed: int
 ) -> dict[str, Passes]:
-    """Train the roles that have rates, by Adam, the student's falling; the passes through the student."""
+    """Train the roles that have rates, by Adam, the student's falling; the passes through all roles."""
     final = {"student": 0.05}
     optim = {n: Optim("adam", lr=lr, schedule="cosine", final=final.get(n, 1.0)) for n, lr in rates.items()}
     passes = fit(program, m, data, optim, steps=steps, batch_size=batch, seed=seed)
     m.student.module.eval()
-    return {"student": passes["student"]}
+    return passes
 
 
 @torch.no_grad()

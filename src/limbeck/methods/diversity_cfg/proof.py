@@ -10,7 +10,7 @@ from limbeck.convert.interpolate import interpolate
 from limbeck.core.optim import Optim
 from limbeck.core.roles import Roles
 from limbeck.data.language import Prompts
-from limbeck.evaluate.budget import Passes
+from limbeck.evaluate.budget import Passes, total_passes
 from limbeck.losses.tokens import guided_logits
 from limbeck.methods.diversity_cfg.method import DiversityCFG
 from limbeck.prove import Arm, Comparison, Proof, Trial, fit
@@ -89,21 +89,20 @@ def hypervolume(points: Sequence[tuple[float, float]]) -> float:
     return area
 
 
-def train(seed: int, lr: float, steps: int, method: DiversityCFG) -> tuple[Table, Passes]:
+def train(seed: int, lr: float, steps: int, method: DiversityCFG) -> tuple[Table, dict[str, Passes]]:
     """A student from the teacher's table."""
     m = Roles(teacher=Table(seed), student=Table(seed), embedder=Bag())
     optim = {"student": Optim("adam", lr=lr, schedule="cosine", final=0.05)}
     passes = fit(method.step, m, prompts(), optim, steps=steps, batch_size=COUNT, seed=seed)
     student = m.student.module
     assert isinstance(student, Table)
-    return student, passes["student"]
+    return student, passes
 
 
-def students(seed: int, lr: float, methods: Sequence[DiversityCFG]) -> tuple[list[Table], Passes]:
+def students(seed: int, lr: float, methods: Sequence[DiversityCFG]) -> tuple[list[Table], dict[str, Passes]]:
     """One student for each setting, all together within the budget."""
     made = [train(seed, lr, STEPS // len(methods), method) for method in methods]
-    total = Passes(*(sum(values) for values in zip(*(vars(p).values() for _, p in made), strict=True)))
-    return [table for table, _ in made], total
+    return [table for table, _ in made], total_passes(passes for _, passes in made)
 
 
 def method(beta: float = 0.0, guidance: float = 3.0) -> DiversityCFG:
@@ -119,7 +118,7 @@ def arm(methods: Sequence[DiversityCFG], front: Callable[[list[Table]], Front]) 
         ways = [z.logits[:-1] / temperature for z, temperature in front(made)]
         validation, test = (slice(0, COUNT // 2), slice(COUNT // 2, COUNT))
         areas = [100 * hypervolume([point(z, seed, rows) for z in ways]) for rows in (validation, test)]
-        return Trial(areas[0], areas[1], {"student": passes}, also=_also(seed, ways, test))
+        return Trial(areas[0], areas[1], passes, also=_also(seed, ways, test))
 
     return Arm(run, "lr", RATES)
 

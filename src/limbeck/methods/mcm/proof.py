@@ -124,7 +124,7 @@ def run(seed: int, method: MCM, lr: float = 1e-3) -> Trial:
     m.student.module.eval()
     validation, _ = judged(m.student, 2000 + seed, 4000 + seed)
     test, also = judged(m.student, 3000 + seed, 5000 + seed)
-    return Trial(validation, test, {"student": passes["student"]}, also)
+    return Trial(validation, test, passes, also)
 
 
 def judged(student: Role, noise: int, truth: int) -> tuple[float, dict[str, float]]:

@@ -7,7 +7,7 @@ from torch import nn
 from limbeck.convert.steps import ToExperts
 from limbeck.core.roles import Roles
 from limbeck.data.noise import Noise
-from limbeck.evaluate.budget import Passes
+from limbeck.evaluate.budget import total_passes
 from limbeck.methods.mixture_proof import CLASSES, begun, distance, distil, drawn, network, truth
 from limbeck.methods.msd.method import MSD
 from limbeck.prove import Arm, Comparison, Proof, Trial, seeded
@@ -25,14 +25,13 @@ def run(students: int, batch: int, match: int, seed: int, lr: float) -> Trial:
     passes = []
     if match:
         rates = {"student": MATCHING}
-        passes.append(distil(method.match, m, drawn(seed, KIND), rates, match, batch, seed)["student"])
+        passes.append(distil(method.match, m, drawn(seed, KIND), rates, match, batch, seed))
         m.student.module.train()
     data = Noise((2,), 64 * batch, CLASSES[KIND], seed=seed)
     rates = {"student": lr, "fake": FAKE}
-    passes.append(distil(MSD(students).step, m, data, rates, MATCH + STEPS - match, batch, seed)["student"])
-    total = Passes(*(sum(getattr(p, f) for p in passes) for f in ("forward", "backward", "examples")))
+    passes.append(distil(MSD(students).step, m, data, rates, MATCH + STEPS - match, batch, seed))
     validation, test = (distance(m.student, KIND, first + seed, 500) for first in (2000, 3000))
-    return Trial(validation, test, {"student": total})
+    return Trial(validation, test, total_passes(passes))
 
 
 PROOF = Proof(

@@ -66,7 +66,7 @@ def judged(m: Roles, passes: Mapping[str, Passes], seed: int) -> Trial:
     found = coverage(m.student, KIND, 3000 + seed, 4000)
     also = {"total variation of the weights (%)": found["weights"], "on a mode (%)": found["on_mode"]}
     scores = [distance(m.student, KIND, s + seed) for s in (2000, 3000)]
-    return Trial(scores[0], scores[1], {"student": passes["student"]}, also)
+    return Trial(scores[0], scores[1], passes, also)
 
 
 PROOF = Proof(

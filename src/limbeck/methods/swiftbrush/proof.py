@@ -121,7 +121,7 @@ def run(seed: int, lr: float, program: Step, source: Source | None = None, fake:
     data = source or Noise((2,), 64 * BATCH, CLASSES, seed=seed)
     passes = fit(program, m, data, optim, steps=STEPS, batch_size=BATCH, seed=seed)
     m.student.module.eval()
-    return Trial(judged(seed, m, 2000), judged(seed, m, 3000), {"student": passes["student"]})
+    return Trial(judged(seed, m, 2000), judged(seed, m, 3000), passes)
 
 
 def distilled(method: SwiftBrush) -> Arm:

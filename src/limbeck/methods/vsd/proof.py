@@ -81,7 +81,7 @@ def moved(seed: int, method: VSD, lr: float) -> Trial:
     passes = fit(method.step, m, source, optim, steps=STEPS, batch_size=POINTS, seed=seed)
     x = particles.points.detach()
     first, second = (100 * energy_distance(x, y) for y in truth(seed))
-    return Trial(first, second, {"student": passes["student"]})
+    return Trial(first, second, passes)
 
 
 def arm(method: VSD) -> Arm:

@@ -17,7 +17,7 @@ from limbeck.data.combine import Concatenated, together
 from limbeck.data.ids import digest
 from limbeck.data.pseudo_labels import class_similarities
 from limbeck.data.sources import Rows
-from limbeck.evaluate.budget import Passes
+from limbeck.evaluate.budget import Passes, total_passes
 from limbeck.evaluate.tasks import predict
 from limbeck.losses import soft_cross_entropy
 from limbeck.methods.wad.method import WAD
@@ -134,8 +134,7 @@ def self_training(seed: int, lr: float) -> Trial:
     first = paired(seed, lr, WAD().step, STEPS // 2, m)
     own = predict(m.student, data.unlabelled)[0].argmax(-1)
     last = paired(seed, lr, WAD().step, STEPS // 2, m, labels=own, weights=torch.ones(len(own)))
-    both = [vars(t.passes["student"]) for t in (first, last)]
-    return replace(last, passes={"student": Passes(**{name: sum(b[name] for b in both) for name in both[0]})})
+    return replace(last, passes=total_passes(t.passes for t in (first, last)))
 
 
 def known_alone(seed: int, lr: float) -> Trial:
