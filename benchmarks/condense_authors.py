@@ -10,17 +10,21 @@
   no adjustment of weights; their loop leaves the network's own gradients on, and never clears them.
 
 That both differentiate the same loss is checked first. Ours is a whole run by the engine, longer less shorter, over the steps
-between; what is compared takes turns. Times are of the process's CPU, on one thread.
+between. What is compared takes turns, each in a process of its own: what a process did before decides how much of the time the
+allocator takes, up to a fifth here. Times are of the process's CPU, on one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,9 +51,11 @@ from limbeck.teachers.trajectories import Trajectories, train_experts
 
 INNER, SIZE, WEIGHT = 10, 0.02, 0.05
 FEW, MANY = 2, 8
+SIDES = {"ftd": ("theirs", "full", "constant"), "dwa": ("theirs", "a run")}
+Calls = dict[str, Callable[[int], Any]]
 
 
-def part(folder: Path, name: str) -> Any:
+def module(folder: Path, name: str) -> Any:
     """A module of theirs."""
     sys.path.insert(0, str(folder))
     return import_module(name)
@@ -70,14 +76,18 @@ def seconds(call: Callable[[int], Any]) -> float:
     return (times[1] - times[0]) / (MANY - FEW)
 
 
-def turns(what: dict[str, Callable[[int], Any]], rounds: int) -> dict[str, Any]:
-    times: dict[str, list[float]] = {name: [] for name in what}
-    for _ in range(rounds):
-        for name, call in what.items():
-            times[name].append(seconds(call))
+def turns(part: str, given: argparse.Namespace) -> dict[str, Any]:
+    """Both sides' times, one after another."""
+    names = SIDES[part]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    call = [sys.executable, __file__, "--ftd", str(given.ftd), "--dwa", str(given.dwa), "--alone", part]
+    for _ in range(given.rounds):
+        for name in names:
+            told = subprocess.run([*call, name], check=True, capture_output=True, text=True).stdout
+            times[name].append(float(told.split()[-1]))
     own = {
         f"theirs / ours, {name}": spread([a / b for a, b in zip(times["theirs"], times[name], strict=True)])
-        for name in what
+        for name in names
         if name != "theirs"
     }
     return {"seconds of theirs": spread(times["theirs"]), **own}
@@ -90,8 +100,10 @@ def gap(a: Tensor, b: Tensor) -> float:
     return found
 
 
-def trajectories(folder: Path, rounds: int) -> dict[str, Any]:
-    networks, flat = part(folder, "networks"), part(folder, "reparam_module").ReparamModule
+@contextmanager
+def trajectories(folder: Path) -> Iterator[tuple[float, Calls]]:
+    """How far the gradients are apart, and both sides' loops."""
+    networks, flat = module(folder, "networks"), module(folder, "reparam_module").ReparamModule
     small = images(10)
 
     def make() -> nn.Module:
@@ -142,14 +154,13 @@ def trajectories(folder: Path, rounds: int) -> dict[str, Any]:
         (there,) = torch.autograd.grad(matched(x, size), x)
         (end,) = unroll(inner, start, x, size, INNER)
         (here,) = torch.autograd.grad(trajectory_matching(end, start, target), x)
-        found = turns(
-            {"theirs": theirs, "full": lambda n: ours("full", n), "constant": lambda n: ours("constant", n)}, rounds
-        )
-        return {"gap of the gradients": gap(there, here), **found}
+        yield gap(there, here), {"theirs": theirs, "full": partial(ours, "full"), "constant": partial(ours, "constant")}
 
 
-def statistics(folder: Path, rounds: int) -> dict[str, Any]:
-    utils = part(folder / "distillation", "utils")
+@contextmanager
+def statistics(folder: Path) -> Iterator[tuple[float, Calls]]:
+    """How far the gradients are apart, and both sides' loops."""
+    utils = module(folder / "distillation", "utils")
     small = images(1)
     net: Any = seeded(0, lambda: resnet18(num_classes=10)).eval()
     net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
@@ -187,7 +198,7 @@ def statistics(folder: Path, rounds: int) -> dict[str, Any]:
     for hook in hooks:
         hook.close()
     (here,) = torch.autograd.grad(Recovery(WEIGHT)(Role("teacher", net), x, small.y), x)
-    return {"gap of the gradients": gap(there, here), **turns({"theirs": theirs, "a run": ours}, rounds)}
+    yield gap(there, here), {"theirs": theirs, "a run": ours}
 
 
 def main() -> None:
@@ -196,10 +207,19 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True, help="a checkout")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--alone", nargs=2, metavar=("PART", "NAME"), help="time one side, and say the seconds")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    result = {"machine": machine("limbeck", "torchvision"), "ftd": trajectories(given.ftd, given.rounds)}
-    report(result | {"dwa": statistics(given.dwa, given.rounds)}, given.out)
+    result: dict[str, Any] = {"machine": machine("limbeck", "torchvision")}
+    for part, loops in (("ftd", trajectories), ("dwa", statistics)):
+        if given.alone and given.alone[0] != part:
+            continue
+        with loops(getattr(given, part)) as (apart, calls):
+            if given.alone:
+                print(seconds(calls[given.alone[1]]))
+                return
+        result[part] = {"gap of the gradients": apart, **turns(part, given)}
+    report(result, given.out)
 
 
 if __name__ == "__main__":
