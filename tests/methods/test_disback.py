@@ -124,6 +124,28 @@ def test_each_aim_has_its_steps_and_the_teacher_the_rest():
     assert heard.index("target_1") == 2
 
 
+def test_the_released_program_aims_at_the_teacher_from_the_beginning():
+    student, marks = network(1), (1, 2, 3, 4)
+    code, control = (Roles(teacher=network(), student=copy.deepcopy(student)) for _ in range(2))
+    run(DisBack(nodes=marks, switch=2, variant="code"), code, 10)
+    run(DisBack(nodes=marks[-1:], switch=2), control, 10)  # the control of the paper: what follows has learned before
+    assert same(code.student.module, control.student.module)
+    assert not any(name.startswith("target") for name in code)
+    paper = Roles(teacher=network(), student=copy.deepcopy(student))
+    run(DisBack(nodes=marks, switch=2), paper, 10)
+    assert not same(code.student.module, paper.student.module)
+
+
+def test_elements_are_a_factor_of_both_losses():
+    b, losses = batch(), {}
+    for how in ("sum", "mean"):
+        m = Roles(teacher=network(), student=network(1), fake=network(2))
+        method = DisBack(nodes=(), elements=how)
+        losses[how] = [*(update.loss for update in method.step(m, b)), method.record(m, b).loss]
+    for added, averaged in zip(losses["sum"], losses["mean"], strict=True):
+        torch.testing.assert_close(added, 2 * averaged)
+
+
 def test_the_last_copy_would_give_no_gradient():
     """What follows is that copy: so the first aim is the one before it."""
     m = Roles(teacher=network(), student=network(1), fake=network(2), target_4=network(2), target_3=network(3))

@@ -94,6 +94,16 @@ def test_one_student_is_distribution_matching():
     torch.testing.assert_close(second.loss, expected)
 
 
+def test_elements_are_a_factor_of_all_losses():
+    b, losses = batch(), {}
+    for how in ("sum", "mean"):
+        m = Roles(teacher=ring(8, schedule=FLOW, classes=C), student=network(1), fake=network(2))
+        method = MSD(1, elements=how)
+        losses[how] = [*(update.loss for update in method.step(m, b)), method.match(m, b).loss]
+    for added, averaged in zip(losses["sum"], losses["mean"], strict=True):
+        torch.testing.assert_close(added, 2 * averaged)
+
+
 @pytest.mark.parametrize("fields", [{}, {"gan_weight": 0.3, "discriminator": "net.body"}])
 def test_many_students_are_as_many_trainings(fields):
     """Each student's gradient is what it would be with its own part of the batch alone."""

@@ -217,6 +217,18 @@ def test_one_phase_of_one_step_is_distribution_matching_of_one_step():
     torch.testing.assert_close(fake.loss, (weight * (u - (noise - z)).square()).mean())
 
 
+@pytest.mark.parametrize("weight", ["kl", "dmd"])
+def test_elements_are_a_factor_of_both_losses(weight):
+    b, losses = batch(), {}
+    for how in ("sum", "mean"):
+        method = PhasedDMD(guidance=1.0, fake_steps=1, weight=weight, elements=how)
+        m = ready(method)
+        losses[how] = [update.loss for update in method.step(m, b, method.plan(FLOW)[0])]
+    assert len(losses["sum"]) == 2
+    for added, averaged in zip(losses["sum"], losses["mean"], strict=True):
+        torch.testing.assert_close(added, 2 * averaged)
+
+
 def test_a_phase_ends_where_the_next_begins_and_steps_are_eulers():
     method, b = PhasedDMD(steps=2, phases=2), batch()
     m = ready(method)

@@ -116,6 +116,46 @@ def test_the_number_of_steps_is_drawn_for_all_and_the_last_alone_learns(noise):
     assert seen == {1, 2, 3, 4}
 
 
+@pytest.mark.parametrize("noise", ["fresh", "fixed", "ddim"])
+def test_the_gradient_may_go_through_all_steps(noise):
+    b = batch()
+    m = roles(noise=noise)
+    m.step = next(
+        m.step for m.step in range(60) if int(len(m.student.module.times) * Draws(m, b).once("steps")) == 2
+    )  # three steps
+    calls, found = [], {}
+    m.student.module.denoiser.register_forward_hook(lambda _, __, out: calls.append(out))
+    for steps in ("last", "all"):
+        calls.clear()
+        x = SiD(noise=noise, gradient_steps=steps).generate(m, Draws(m, b), b, "student")
+        found[steps] = (x, torch.autograd.grad(x.square().sum(), list(m.student.parameters()), retain_graph=True))
+    torch.testing.assert_close(found["all"][0], found["last"][0])
+    assert all(torch.autograd.grad(x.square().sum(), call, retain_graph=True)[0].any() for call in calls)
+
+    times = m.student.module.times  # the same three steps, written out
+    draws, z = Draws(m, b), b.x
+    x_0 = added = None
+    for i in range(3):
+        t = times[i].expand(len(z))
+        if i:
+            added = {"fresh": draws.normal(f"student step {i}", z), "fixed": z, "ddim": added}[noise]
+        x_t = t[:, None] * z if i == 0 else FLOW.add_noise(x_0, added, t)
+        x_0 = m.student.module.denoiser(x_t, t=t)
+        added = FLOW.convert(x_0, x_t, t, "sample", "epsilon")
+    expected = torch.autograd.grad(x_0.square().sum(), list(m.student.parameters()))
+    for a, b_, c in zip(found["all"][1], expected, found["last"][1], strict=True):
+        torch.testing.assert_close(a, b_)
+        assert not torch.allclose(a, c)
+
+
+def test_elements_are_a_factor_of_the_students_losses():
+    b = batch()
+    fields = {"steps": 1, "gan_weight": 0.5, "discriminator": "net.body"}
+    added, averaged = (list(SiD(**fields, elements=how).step(roles(times=(1.0,)), b)) for how in ("sum", "mean"))
+    torch.testing.assert_close(added[1].loss, 2 * averaged[1].loss)
+    torch.testing.assert_close(added[0].loss, averaged[0].loss)
+
+
 def test_what_follows_learns_first_from_samples_of_its_own_noise():
     m, b, method = roles(), batch(), SiD(steps=1)
     updates = list(method.step(m, b))

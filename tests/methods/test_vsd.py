@@ -117,6 +117,16 @@ def test_each_learns_from_its_own_update_alone():
     assert not first.logs["gap"].requires_grad
 
 
+def test_a_follower_that_loses_the_samples_is_named():
+    m = Roles(teacher=network(), student=points(), fake=network())
+    for p in m.fake.parameters():
+        p.data.mul_(20)
+    logs = next(iter(PLAIN.step(m, rows()))).logs
+    assert logs["error/fake"] > 10 * logs["error/teacher"]
+    assert [limit.log for limit in PLAIN.limits] == ["error/fake", "size"]
+    assert logs["size"] == pytest.approx(float(m.student.module.points.detach().square().mean(1).sqrt().mean()))
+
+
 def test_times_end_early_once_it_is_annealed():
     m = Roles(teacher=ring(5), student=points(200), fake=ring(4))
     m.total = 10

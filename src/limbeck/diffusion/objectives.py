@@ -32,14 +32,23 @@ def surrogate(x: Tensor, gradient: Tensor, elements: Elements = "mean") -> Tenso
     return per_sample(0.5 * (x - target).square(), elements).mean()
 
 
+def check_elements(elements: str) -> None:
+    """`elements` is a reduction.
+
+    Raises:
+        UsageError: It is neither `mean` nor `sum`.
+    """
+    if elements not in ("mean", "sum"):
+        raise UsageError("elements is out of range", where="elements", found=elements, expected="mean | sum")
+
+
 def per_sample(values: Tensor, elements: Elements = "mean") -> Tensor:
     """The mean or sum over all but the first dimension `[B]`.
 
     Raises:
         UsageError: `elements` is neither.
     """
-    if elements not in ("mean", "sum"):
-        raise UsageError("unknown reduction of elements", where="elements", found=elements, expected="mean | sum")
+    check_elements(elements)
     flat = values.flatten(1)
     return flat.mean(1) if elements == "mean" else flat.sum(1)
 
@@ -59,6 +68,41 @@ def dmd_gradient(x: Tensor, real: Tensor, fake: Tensor) -> Tensor:
     """
     scale = per_sample((x - real).abs()).view(-1, *(1,) * (x.ndim - 1))
     return ((fake - real) / scale).nan_to_num(0.0, 0.0, 0.0)
+
+
+def vsd_gradient(real: Tensor, fake: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """`alpha sigma (D_fake - D_real)`: `sigma^2 (e_real - e_fake)`, as `e = (x_t - alpha D) / sigma` (Wang et al. 2023).
+
+    Args:
+        real: The teacher's prediction of `x_0` at a noisy version of generated samples `[B, ...]`.
+        fake: That of the network that follows the generator.
+        alpha: Of the schedule at their times, in a shape to multiply with.
+        sigma: The same of the noise.
+
+    Example:
+        >>> one = torch.ones(1, 1)
+        >>> vsd_gradient(one, 3 * one, 0.5 * one, 0.5 * one)
+        tensor([[0.5000]])
+    """
+    return alpha * sigma * (fake - real)
+
+
+def velocity_gradient(real: Tensor, fake: Tensor, weight: Tensor | float) -> Tensor:
+    """`w (v - u)`: descent along it takes samples from where their own velocity `u` leads to where the teacher's `v` does.
+
+    Both are velocities of a rectified flow from samples to noise, so the gap is `vsd_gradient`'s with another weight:
+    `v - u = (alpha + sigma) (D_fake - D_real) / sigma` (MDT-dist, 2025; `w` is `1 - t` in the paper, 2 in its code).
+
+    Args:
+        real: The teacher's velocity at noisy samples `[B, ...]`.
+        fake: That of the generator's own samples.
+        weight: In a shape to multiply with.
+
+    Example:
+        >>> velocity_gradient(torch.ones(1, 2), torch.zeros(1, 2), 2.0)
+        tensor([[2., 2.]])
+    """
+    return weight * (real - fake)
 
 
 def sid_loss(

@@ -13,6 +13,7 @@ from limbeck.diffusion.guidance import Scale, guided
 from limbeck.diffusion.schedule import Schedule
 
 Noise = Literal["fresh", "fixed", "ddim"]
+GradientSteps = Literal["last", "all"]
 
 
 @torch.no_grad()
@@ -64,8 +65,9 @@ def few_step(
     noise: Noise = "fresh",
     fresh: Callable[[int], Tensor] | None = None,
     upto: int | None = None,
+    gradient_steps: GradientSteps = "last",
 ) -> Tensor:
-    """Samples of a generator of one or a few steps; the gradient goes through the last step alone.
+    """Samples of a generator of one or a few steps.
 
     Step i predicts `x_0` from `alpha x_0 + sigma n` at its time: the prediction of the step before with noise again, drawn anew
     (`fresh`), the first noise once more (`fixed`), or that which the step before saw (`ddim`).
@@ -79,6 +81,7 @@ def few_step(
         noise: What is added again.
         fresh: Gives the noise of step `i >= 1` `[B, ...]`; default: torch's generator.
         upto: Steps to take, 1 to K; default all. Times stay those of K steps.
+        gradient_steps: Whether the gradient goes through the last of the steps alone, or through all of them.
 
     Raises:
         UsageError: There is no such noise, or no such step.
@@ -98,9 +101,9 @@ def few_step(
         t = times[i].to(z.device).expand(len(z))
         if i and noise == "fresh":
             added = torch.randn_like(z) if fresh is None else fresh(i)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and i == last - 1):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (gradient_steps == "all" or i == last - 1)):
             x_t = schedule.factors(t, z)[1] * z if i == 0 else schedule.add_noise(x_0, added, t)
             x_0 = generator(x_t, t=t, condition=condition)
-        if noise == "ddim" and i < last - 1:
-            added = schedule.convert(x_0, x_t, t, "sample", "epsilon")
+            if noise == "ddim" and i < last - 1:
+                added = schedule.convert(x_0, x_t, t, "sample", "epsilon")
     return x_0

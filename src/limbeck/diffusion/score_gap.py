@@ -10,6 +10,7 @@ from torch import Tensor
 from limbeck.core.roles import Roles
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import Scale, guided
+from limbeck.diffusion.objectives import vsd_gradient
 from limbeck.diffusion.scores import noisy, predicted, schedule_of
 from limbeck.diffusion.signs import note_signs
 
@@ -64,5 +65,4 @@ def score_gap(
         real = guided(m.teacher, x_t, t, condition, negative, scale)
     own = predicted(m.fake, x_t, t, condition, fake_scale)
     note_signs(logs, x, real, own)
-    alpha, sigma = schedule.factors(t, x)
-    return alpha * sigma * (own - real)
+    return vsd_gradient(real, own, *schedule.factors(t, x))

@@ -13,7 +13,7 @@ from limbeck.core.errors import UsageError
 from limbeck.core.roles import Role, Roles
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import Scale, guided
-from limbeck.diffusion.objectives import Elements, dmd_gradient, per_sample
+from limbeck.diffusion.objectives import Elements, dmd_gradient, per_sample, vsd_gradient
 from limbeck.diffusion.schedule import Schedule
 from limbeck.diffusion.signs import note_signs, warn_if_misdeclared
 
@@ -143,8 +143,7 @@ def matching_gradient(
     note_signs(logs, x, real, fake)
     if gradient == "dmd":
         return dmd_gradient(x, real, fake)
-    alpha, sigma = schedule.factors(t, x)
-    return alpha * sigma * (fake - real)
+    return vsd_gradient(real, fake, *schedule.factors(t, x))
 
 
 def check_denoisers(m: Roles, *names: str, batch: Batch | None = None) -> None:

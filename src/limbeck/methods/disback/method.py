@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.matching import follower_weight, matching_updates
+from limbeck.diffusion.objectives import Elements, check_elements
 from limbeck.diffusion.scores import (
     Gradient,
     check_denoisers,
@@ -53,6 +54,9 @@ class DisBack(Method):
         times: Between which shares of the schedule the student is judged.
         fake_times: Between which `fake` learns.
         dropout: Share of samples for which `fake` is told nothing.
+        elements: Whether a sample's elements are averaged, as in the code of DMD, or add up.
+        variant: `paper`; or `code`, where the aim is the teacher from the beginning: the released program loads a copy under
+            other names than the network has, so that its switch changes nothing (inferred by reading, not by running it).
         ema: Decay of an average of the student, the role `student_average`; 0 for none.
 
     Example:
@@ -77,12 +81,16 @@ class DisBack(Method):
     times: tuple[float, float] = (0.02, 0.98)
     fake_times: tuple[float, float] = (0.001, 1.0)
     dropout: float = 0.0
+    elements: Elements = "mean"
+    variant: Literal["paper", "code"] = "paper"
     ema: float = 0.0
 
     def __post_init__(self) -> None:
         rising = all(a < b for a, b in pairwise((0, *self.nodes)))
         check_field("nodes", self.nodes, rising, "rising numbers of steps above 0")
         check_field("gradient", self.gradient, self.gradient in ("dmd", "vsd"), "dmd | vsd")
+        check_field("variant", self.variant, self.variant in ("paper", "code"), "paper | code")
+        check_elements(self.elements)
         for name in ("switch", "fake_steps"):
             check_field(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("times", "fake_times"):
@@ -94,7 +102,8 @@ class DisBack(Method):
     @property
     def aims(self) -> tuple[str, ...]:
         """The roles that the student is led to, in this order."""
-        return (*(f"target_{i}" for i in reversed(range(len(self.nodes) - 1))), "teacher")
+        copies = len(self.nodes) - 1 if self.variant == "paper" else 0
+        return (*(f"target_{i}" for i in reversed(range(copies))), "teacher")
 
     def check(self, m: Roles, batch: Batch) -> None:
         """Teacher and student are denoisers of one schedule and of samples of one shape."""
@@ -108,7 +117,8 @@ class DisBack(Method):
         if "fake" not in m:
             yield Convert("fake", Slice({}), of="teacher", name="copy the teacher")
         if self.nodes:
-            copies = {f"target_{i}": Ema("fake", 0.0, until=step) for i, step in enumerate(self.nodes[:-1])}
+            marks = {f"target_{i}": step for i, step in enumerate(self.nodes[:-1])}
+            copies = {name: Ema("fake", 0.0, until=marks[name]) for name in self.aims if name in marks}
             yield Train(
                 self.record, roles={"fake": None}, frozen=("teacher", "student"), data=data.train, steps=self.nodes[-1],
                 ema=copies, name="record",
@@ -123,7 +133,7 @@ class DisBack(Method):
             x = self.generate(m, batch)
         loss = denoising_loss(
             m, "fake", Draws(m, batch), x, batch.get("y"), times=self.fake_times, dropout=self.dropout,
-            weight=follower_weight(schedule_of(m.fake)),
+            weight=follower_weight(schedule_of(m.fake)), elements=self.elements,
         )  # fmt: skip
         return Update("fake", loss)
 
@@ -139,7 +149,7 @@ class DisBack(Method):
             x = self.generate(m, batch)
         yield from matching_updates(
             m, batch, x, teacher=aim, guidance=self.guidance, gradient=self.gradient, times=self.times,
-            fake_times=self.fake_times, dropout=self.dropout, every=self.fake_steps,
+            fake_times=self.fake_times, dropout=self.dropout, every=self.fake_steps, elements=self.elements,
         )  # fmt: skip
 
     def generate(self, m: Roles, batch: Batch) -> Tensor:

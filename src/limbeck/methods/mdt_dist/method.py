@@ -21,7 +21,7 @@ from limbeck.core.update import Update
 from limbeck.diffusion.derivative import Derivative, bounded, total_derivative
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.guidance import Scale
-from limbeck.diffusion.objectives import Elements, per_sample, surrogate
+from limbeck.diffusion.objectives import Elements, check_elements, per_sample, surrogate, velocity_gradient
 from limbeck.diffusion.schedule import RectifiedFlow
 from limbeck.diffusion.scores import check_denoisers, predicted, schedule_of
 from limbeck.methods.checks import check_field
@@ -83,7 +83,7 @@ class MDTDist(Method):
         check_field("derivative", self.derivative, known, "difference | jvp")
         check_field("dt", self.dt, 0 < self.dt < 0.5, "in (0, 0.5)")
         check_field("variant", self.variant, self.variant in ("paper", "code"), "paper | code")
-        check_field("elements", self.elements, self.elements in ("sum", "mean"), "sum | mean")
+        check_elements(self.elements)
         for name in ("vd_start", "ema"):
             check_field(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
 
@@ -119,10 +119,10 @@ class MDTDist(Method):
         yield Update("student", matching, apply=not both, logs={"matching": matching.detach()})
         if both:
             x = m.student(draws.normal("generator noise", batch.x), condition=condition, t=torch.ones_like(t))
-            gap = self.gap(m, x.detach(), noise, t, condition)
+            v, u = self.velocities(m, x.detach(), noise, t, condition)
             factor = 2.0 if self.variant == "code" else _like(1 - t, x)
-            loss = self.vd_weight * surrogate(x, -factor * gap, self.elements)
-            yield Update("student", loss, logs={"gap": per_sample(gap.square()).sqrt().mean()})
+            loss = self.vd_weight * surrogate(x, velocity_gradient(v, u, factor), self.elements)
+            yield Update("student", loss, logs={"gap": per_sample((u - v).square()).sqrt().mean()})
 
     def match(self, m: Roles, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
         """`||phi + t sg(dphi/dt) - v||^2`, mean over the batch."""
@@ -134,12 +134,14 @@ class MDTDist(Method):
         return per_sample((phi + _like(t, x) * slope - v).square(), self.elements).mean()
 
     @torch.no_grad()
-    def gap(self, m: Roles, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None) -> Tensor:
-        """`u - v` at samples with noise: what the student says of the velocity there, less what the teacher says."""
+    def velocities(
+        self, m: Roles, x: Tensor, noise: Tensor, t: Tensor, condition: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`v` and `u` at samples with noise: what the teacher says of the velocity there, and what the student says."""
         x_t = schedule_of(m.teacher).add_noise(x, noise, t)
         v = velocity(m.teacher, x_t, t, condition, self.guidance if self.vd_guidance is None else self.vd_guidance)
         phi = velocity(m.student, x_t, t, condition)
-        return phi + _like(t, x) * self.slope(m, x_t, t, v, condition, phi) - v
+        return v, phi + _like(t, x) * self.slope(m, x_t, t, v, condition, phi)
 
     def slope(self, m: Roles, x_t: Tensor, t: Tensor, v: Tensor, condition: Tensor | None, phi: Tensor) -> Tensor:
         """`dphi/dt` along the teacher's path, without gradient."""

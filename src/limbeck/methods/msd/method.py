@@ -18,7 +18,7 @@ from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.matching import check_discriminator, follower_weight, fooling, matching_updates, telling
-from limbeck.diffusion.objectives import per_sample
+from limbeck.diffusion.objectives import Elements, check_elements, per_sample
 from limbeck.diffusion.scores import check_denoisers, check_follower, noisy, predicted, schedule_of
 from limbeck.diffusion.signs import FOLLOWER_LIMITS
 from limbeck.methods.checks import check_field
@@ -48,6 +48,7 @@ class MSD(Method):
             head of convolutions.
         times: Between which shares of the schedule students are judged.
         fake_times: Between which `fake` learns.
+        elements: Whether a sample's elements are averaged, as in the code of DMD2, or add up, in all losses of predictions.
 
     With `match_steps` or `gan_weight` the data are real samples, and noise is drawn for them; else they are noise.
 
@@ -78,6 +79,7 @@ class MSD(Method):
     discriminator: str = ""
     times: tuple[float, float] = (0.02, 0.98)
     fake_times: tuple[float, float] = (0.001, 1.0)
+    elements: Elements = "mean"
 
     def __post_init__(self) -> None:
         for name in ("students", "fake_steps"):
@@ -87,6 +89,7 @@ class MSD(Method):
         for name in ("times", "fake_times"):
             low, high = getattr(self, name)
             check_field(name, (low, high), 0 < low < high <= 1, "0 < from < to <= 1")
+        check_elements(self.elements)
         check_field("match_factor", self.match_factor, self.match_factor > 0, "above 0")
         check_field("gan_start", self.gan_start, 0 <= self.gan_start < 1, "in [0, 1)")
         if self.owners:
@@ -156,7 +159,7 @@ class MSD(Method):
             target = predicted(m.teacher, x_t, t, y)
         weight = follower_weight(schedule)(*schedule.factors(t, x_t))
         gap = predicted(m.student, x_t, t, y) - target
-        return Update("student", self.students * per_sample(weight * gap.square()).mean())
+        return Update("student", self.students * per_sample(weight * gap.square(), self.elements).mean())
 
     def step(self, m: Roles, batch: Batch) -> Iterator[Update]:
         """One update of the students, and one of what follows each."""
@@ -173,7 +176,7 @@ class MSD(Method):
             }
         for update in matching_updates(
             m, batch, x, guidance=self.guidance, times=self.times, fake_times=self.fake_times, every=self.fake_steps,
-            more=more,
+            elements=self.elements, more=more,
         ):  # fmt: skip
             assert update.loss is not None
             yield replace(update, loss=self.students * update.loss)

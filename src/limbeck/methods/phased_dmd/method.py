@@ -20,7 +20,7 @@ from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.intervals import Target, add_more_noise, interval_gradient, interval_loss
-from limbeck.diffusion.objectives import dmd_gradient, per_sample, surrogate
+from limbeck.diffusion.objectives import Elements, check_elements, dmd_gradient, per_sample, surrogate
 from limbeck.diffusion.schedule import Schedule, shifted
 from limbeck.diffusion.scores import check_denoisers, check_follower, check_samples, predicted, schedule_of
 from limbeck.diffusion.signs import FOLLOWER_LIMITS, note_signs
@@ -68,6 +68,7 @@ class PhasedDMD(Method):
         clamp: The most that the loss of `fake` is divided by `sigma_{t|t_k}^2`.
         nested: Whether phase k is judged from `t_k` up to the end; False: up to `t_{k-1}`, which the paper found worse.
         margin: Share of the schedule between `t_k` and the least noise.
+        elements: Whether a sample's elements are averaged or add up, in both losses.
         rank: Of the experts' adapters, LoRA that is merged at the end; 0 to train whole experts.
         lora_alpha: Of the adapters.
 
@@ -98,6 +99,7 @@ class PhasedDMD(Method):
     clamp: float = 10.0
     nested: bool = True
     margin: float = 0.02
+    elements: Elements = "mean"
     rank: int = 0
     lora_alpha: float = 8.0
 
@@ -111,6 +113,7 @@ class PhasedDMD(Method):
         for name in ("shift", "clamp", "lora_alpha"):
             check_field(name, getattr(self, name), getattr(self, name) > 0, "above 0")
         check_field("margin", self.margin, 0 < self.margin < 1 / self.phases, f"in (0, {1 / self.phases:.2g})")
+        check_elements(self.elements)
         check_field("rank", self.rank, self.rank >= 0, "0 or more")
 
     def check(self, m: Roles, batch: Batch) -> None:
@@ -166,7 +169,9 @@ class PhasedDMD(Method):
             x = self.generate(m, draws, batch, phase, "fake")[0]
             x_t, t, noise = self.renoise(schedule, draws, x, phase, "fake")
         found = predicted(m.fake, x_t, t, condition)
-        loss = interval_loss(schedule, found, x, noise, phase.end, t, target=self.target, clamp=self.clamp)
+        loss = interval_loss(
+            schedule, found, x, noise, phase.end, t, target=self.target, clamp=self.clamp, elements=self.elements
+        )
         yield Update("fake", loss)
         if not m.every(self.fake_steps):
             return
@@ -180,7 +185,7 @@ class PhasedDMD(Method):
                 gradient = dmd_gradient(clean, real, fake)
         logs = {"gap": per_sample((real - fake).square()).sqrt().mean()}
         note_signs(logs, clean, real, fake)
-        yield Update("student", surrogate(x, gradient), logs=logs)
+        yield Update("student", surrogate(x, gradient, self.elements), logs=logs)
 
     def generate(self, m: Roles, draws: Draws, batch: Batch, phase: Phase, name: str) -> tuple[Tensor, Tensor]:
         """Samples at the end of a phase after a drawn number of its steps, and `x_0` as predicted in the last of them."""

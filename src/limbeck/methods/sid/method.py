@@ -20,8 +20,8 @@ from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.matching import bounded, check_discriminator, predicted_and_scored, telling
-from limbeck.diffusion.objectives import per_sample, sid_loss
-from limbeck.diffusion.sampling import Noise, few_step
+from limbeck.diffusion.objectives import Elements, check_elements, per_sample, sid_loss
+from limbeck.diffusion.sampling import GradientSteps, Noise, few_step
 from limbeck.diffusion.scores import (
     check_denoisers,
     check_follower,
@@ -48,6 +48,8 @@ class SiD(Method):
         steps: K, of the student.
         start: The share of the schedule at which its first step is; the others follow at even distances.
         noise: What a step adds to the sample of the one before: `fresh`, `fixed` or `ddim`.
+        gradient_steps: `last`: through the k-th step alone, as in the code of SiD-DiT; `all`: through all of them, as in that
+            of SiD-LSG, at k times the memory.
         alpha: 0.5 to 1.2.
         guidance: Of the teacher.
         fake_guidance: Of `fake` where the student learns; None for the teacher's, which is long guidance (LSG). With a teacher
@@ -59,6 +61,8 @@ class SiD(Method):
         dropout: Share of samples for which `fake` is told nothing, where it is guided at all.
         gan_weight: Of an adversarial term; with it the data are real samples, and noise is drawn for them. The discriminator is
             the mean over channels of what a part of `fake` gives.
+        elements: Whether a sample's elements add up in the student's losses, as in the authors' code, or are averaged. Those of
+            `fake` are averaged, a factor that Adam does not feel.
         discriminator: Path of that part in `fake`, such as `net.mid_block`.
         gan_start: The share of the training after which the student sees the term.
         ema: Decay of an average of the student, the role `student_average`; 0 for none.
@@ -80,6 +84,7 @@ class SiD(Method):
     steps: int = 4
     start: float = 1.0
     noise: Noise = "fresh"
+    gradient_steps: GradientSteps = "last"
     alpha: float = 1.0
     guidance: float = 1.0
     fake_guidance: float | None = None
@@ -89,6 +94,7 @@ class SiD(Method):
     fake_times: tuple[float, float] = (0.001, 1.0)
     dropout: float = 0.1
     gan_weight: float = 0.0
+    elements: Elements = "sum"
     discriminator: str = ""
     gan_start: float = 0.0
     ema: float = 0.0
@@ -98,6 +104,8 @@ class SiD(Method):
         check_field("start", self.start, 0 < self.start <= 1, "in (0, 1]")
         check_field("noise", self.noise, self.noise in ("fresh", "fixed", "ddim"), "fresh | fixed | ddim")
         check_field("alpha", self.alpha, 0 <= self.alpha <= 1.2, "in [0, 1.2]")
+        check_field("gradient_steps", self.gradient_steps, self.gradient_steps in ("last", "all"), "last | all")
+        check_elements(self.elements)
         check_field("weight", self.weight, self.weight in ("gap", "flow"), "gap | flow")
         for name in ("times", "fake_times"):
             low, high = getattr(self, name)
@@ -154,23 +162,23 @@ class SiD(Method):
         else:
             fake = predicted(m.fake, x_t, t, condition, self._scale("fake"))
         weight = None if self.weight == "gap" else 1 - schedule.factors(t, x)[1].view(-1)
-        loss = sid_loss(x, real, fake, self.alpha, weight)
+        loss = sid_loss(x, real, fake, self.alpha, weight, self.elements)
         logs = {"gap": per_sample((real - fake).detach().square()).sqrt().mean()}
         note_signs(logs, x, real, fake)
         if adversarial:
             share = 1 / per_sample((x - real).abs()).detach().clamp_min(1e-5) if weight is None else weight
-            fooled = F.softplus(-scores) * x[0].numel()
+            fooled = F.softplus(-scores) * (x[0].numel() if self.elements == "sum" else 1)
             loss = loss + self.gan_weight * (share * fooled.view(len(x), -1).mean(1)).mean()
         return Update("student", loss, logs=logs)
 
     def generate(self, m: Roles, draws: Draws, batch: Batch, name: str) -> Tensor:
-        """The student's samples after k of its steps, k drawn for all; the gradient goes through the last of them."""
+        """The student's samples after k of its steps, k drawn for all."""
         z = draws.normal(f"{name} noise", batch.x) if self.gan_weight or name == "fake" else batch.x
         times: Any = getattr(m.student.module, "times", torch.tensor([schedule_of(m.student).last]))
         k = 1 + int(len(times) * draws.once("steps"))
         return few_step(
             m.student, z, schedule_of(m.student), times, batch.get("y"), self.noise,
-            fresh=lambda i: draws.normal(f"{name} step {i}", z), upto=k,
+            fresh=lambda i: draws.normal(f"{name} step {i}", z), upto=k, gradient_steps=self.gradient_steps,
         )  # fmt: skip
 
     def _scale(self, where: str) -> float:

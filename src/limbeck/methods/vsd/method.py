@@ -15,8 +15,9 @@ from limbeck.core.roles import Roles
 from limbeck.core.stages import Convert, Stage, Train
 from limbeck.core.update import Update
 from limbeck.diffusion.draws import Draws
-from limbeck.diffusion.objectives import Elements, per_sample, surrogate
+from limbeck.diffusion.objectives import Elements, check_elements, per_sample, surrogate, vsd_gradient
 from limbeck.diffusion.scores import check_denoisers, check_follower, denoising_loss, noisy, predicted, schedule_of
+from limbeck.diffusion.signs import FOLLOWER_LIMITS, note_signs
 from limbeck.methods.checks import check_field
 
 
@@ -51,6 +52,7 @@ class VSD(Method):
     makes: ClassVar[tuple[str, ...]] = ("fake",)
     logits: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[tuple[str, ...] | None] = ("student",)
+    limits = FOLLOWER_LIMITS
 
     guidance: float = 7.5
     score: Literal["learned", "noise"] = "learned"
@@ -67,7 +69,7 @@ class VSD(Method):
         check_field("anneal", self.anneal, 0 <= self.anneal <= 1, "in [0, 1]")
         check_field("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         check_field("score", self.score, self.score in ("learned", "noise"), "learned | noise")
-        check_field("elements", self.elements, self.elements in ("sum", "mean"), "sum | mean")
+        check_elements(self.elements)
 
     def check(self, m: Roles, batch: Batch) -> None:
         """The teacher is a denoiser that can be copied, or there is a `fake` already."""
@@ -93,10 +95,10 @@ class VSD(Method):
         with torch.no_grad():
             real = predicted(m.teacher, x_t, t, condition, self.guidance)
             own = x if self.score == "noise" else predicted(m.fake, x_t, t, camera)
-            alpha, sigma = schedule.factors(t, x)
-            # sigma^2 (e_teacher - e_fake), with e = (x_t - alpha x_0) / sigma
-            gap = alpha * sigma * (own - real)
-        yield Update("student", surrogate(x, gap, self.elements), logs={"gap": per_sample(gap.square()).sqrt().mean()})
+            gap = vsd_gradient(real, own, *schedule.factors(t, x))
+        logs = {"gap": per_sample(gap.square()).sqrt().mean()}
+        note_signs(logs, x, real, own)
+        yield Update("student", surrogate(x, gap, self.elements), logs=logs)
         if self.score == "learned":
             loss = denoising_loss(
                 m, "fake", draws, x, camera, times=self.times, dropout=self.dropout, elements=self.elements
