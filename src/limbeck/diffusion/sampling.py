@@ -67,7 +67,8 @@ def few_step(
 ) -> Tensor:
     """Samples of a generator of one or a few steps; the gradient goes through the last step alone.
 
-    Step 0 begins with the noise (`Schedule.begin`); step i predicts `x_0` from `alpha x_0 + sigma n` at its time: the prediction of the step before with noise again, drawn anew
+    The first step begins with the noise (`Schedule.begin`); step i predicts `x_0` from `alpha x_0 + sigma n` at its time: the
+    prediction of the step before with noise again, drawn anew
     (`fresh`), the first noise once more (`fixed`), or that which the step before saw (`ddim`).
 
     Args:
