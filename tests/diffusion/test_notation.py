@@ -230,3 +230,18 @@ def test_samplers_begin_with_the_noise_itself_where_a_table_ends_with_a_little_o
     few_step(noted, z, table, torch.ones(1))
     flow(noted, z, table, 1)
     torch.testing.assert_close(torch.stack(seen), torch.stack([z, z]), rtol=0, atol=1e-6)
+
+
+def test_a_published_scheduler_is_compared_with_the_denoiser():
+    diffusers = pytest.importorskip("diffusers")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    one = Denoiser(torch.nn.Identity(), Table.scaled_linear(), "epsilon")
+    one.check_scheduler(diffusers.PNDMScheduler(**betas))
+    with pytest.raises(UsageError, match="predicts something else"):
+        one.check_scheduler(diffusers.DDIMScheduler(**betas, prediction_type="v_prediction"))
+    with pytest.raises(UsageError, match="another table of noise"):
+        one.check_scheduler(diffusers.DDIMScheduler())
+    flow = Denoiser(torch.nn.Identity(), RectifiedFlow(), "flow_prediction")
+    flow.check_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    with pytest.raises(UsageError, match="predicts something else"):
+        flow.check_scheduler(diffusers.DDIMScheduler(**betas))

@@ -44,7 +44,7 @@ def to_pipeline(
 
     Raises:
         UsageError: The student holds no network of that kind, or experts for which there is no place; its steps are not those
-            that the scheduler can take; or the pipeline has a scheduler of its own.
+            that the scheduler can take, or its table of noise is another; or the pipeline has a scheduler of its own.
 
     Returns:
         The folder.
@@ -180,7 +180,9 @@ def _scheduler(diffusers: Any, student: nn.Module, config: dict[str, Any]) -> An
             continue
         made.set_timesteps(len(times))
         if all(abs(t - float(s)) < (0.01 if flow else 1) for t, s in zip(wanted, made.timesteps, strict=True)):
-            return kind.from_config(config, **settings, **more)
+            made = kind.from_config(config, **settings, **more)
+            denoiser.check_table(made)
+            return made
     raise _none(times, noise)
 
 
