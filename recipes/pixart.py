@@ -44,7 +44,7 @@ def teacher() -> nn.Module:
     return denoiser(net, packed(torch.zeros(LENGTH, WIDTH), torch.ones(LENGTH)))
 
 
-def denoiser(net: nn.Module, null: Tensor) -> nn.Module:
+def denoiser(net: nn.Module, null: Tensor) -> Denoiser:
     """A denoiser of latents that predicts noise, and knows the prompt of no words."""
     return Denoiser(Prompted(net), Table.linear(), "epsilon", time_scale=999, null=null)
 
@@ -81,7 +81,9 @@ def main() -> None:
     found = [packed(states, known)[0].cpu() for states, known in answers]
     HERE.mkdir(exist_ok=True)
     save_file({"prompts": torch.stack(found[1:])}, HERE / "pixart-prompts.safetensors")
-    save(denoiser(pipeline.transformer.float(), found[0].float()), HERE / "pixart-512.safetensors")
+    model = denoiser(pipeline.transformer.float(), found[0].float())
+    model.check_scheduler(pipeline.scheduler)
+    save(model, HERE / "pixart-512.safetensors")
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def teacher() -> nn.Module:
     return denoiser(Prompted(net), torch.zeros(1 + TOKENS, WIDTH))
 
 
-def denoiser(net: nn.Module, null: Tensor) -> nn.Module:
+def denoiser(net: nn.Module, null: Tensor) -> Denoiser:
     """A rectified flow of latents, told whole thousands of the time; the grid of the published sampler is shifted by 3."""
     return Denoiser(net, RectifiedFlow(shift=3.0), "flow_prediction", time_scale=1000, null=null)
 
@@ -97,7 +97,8 @@ def main() -> None:
     HERE.mkdir(exist_ok=True)
     prompts = torch.stack([encoded(caption) for caption in rows["caption"]])
     save_file({"latents": torch.cat(latents), "prompts": prompts}, HERE / "sd3-images.safetensors")
-    model: Any = denoiser(Prompted(pipeline.transformer.float()), encoded("").float())
+    model = denoiser(Prompted(pipeline.transformer.float()), encoded("").float())
+    model.check_scheduler(pipeline.scheduler)
     save(model, HERE / "sd3-medium.safetensors")
 
 

@@ -82,7 +82,7 @@ def teacher() -> nn.Module:
     return denoiser(Prompted(unet, text, CLIPTextModelWithProjection(CLIPTextConfig(**ends | large | more))), LENGTH)
 
 
-def denoiser(net: nn.Module, length: int) -> nn.Module:
+def denoiser(net: nn.Module, length: int) -> Denoiser:
     """A denoiser of latents that predicts noise; nothing is said by tokens of -1, for which the published pipeline has zeros."""
     return Denoiser(net, Table.scaled_linear(), "epsilon", time_scale=999, null=torch.full((2, length), -1))
 
@@ -109,11 +109,13 @@ def main() -> None:
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(NAME)
     lines = [line for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines() if line.strip()]
-    options = {"padding": "max_length", "truncation": True, "max_length": LENGTH, "return_tensors": "pt"}
+    length = pipeline.tokenizer.model_max_length
+    options = {"padding": "max_length", "truncation": True, "max_length": length, "return_tensors": "pt"}
     both = [tokenizer(lines, **options).input_ids for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)]
     HERE.mkdir(exist_ok=True)
     save_file({"tokens": torch.stack(both, 1).int()}, HERE / "sdxl-prompts.safetensors")
-    model: Any = denoiser(Prompted(pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2), LENGTH)
+    model = denoiser(Prompted(pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2), length)
+    model.check_scheduler(pipeline.scheduler)
     save(model, HERE / "sdxl-base.safetensors")
 
 

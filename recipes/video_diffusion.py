@@ -95,6 +95,7 @@ def main() -> None:
     model.features.dino = AutoModel.from_pretrained("facebook/dinov2-small")
     with torch.no_grad():
         model.null.copy_(pipeline.text_encoder(empty).last_hidden_state[0])
+    model.check_scheduler(pipeline.scheduler)
     HERE.mkdir(exist_ok=True)
     save(model, HERE / "modelscope-teacher.safetensors")
     del model.features

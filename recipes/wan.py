@@ -9,7 +9,6 @@ file. The text encoder (UMT5, 5.7 B parameters) runs there, once for each prompt
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -32,7 +31,7 @@ def teacher() -> nn.Module:
     return denoiser(net, torch.zeros(LENGTH, WIDTH))
 
 
-def denoiser(net: nn.Module, null: Tensor) -> nn.Module:
+def denoiser(net: nn.Module, null: Tensor) -> Denoiser:
     """A rectified flow of latents, told whole thousands of the time, that knows the prompt of no words."""
     return Denoiser(
         net, RectifiedFlow(), "flow_prediction", time_scale=1000, null=null, keyword="encoder_hidden_states"
@@ -65,7 +64,8 @@ def main() -> None:
         found = [pipeline.encode_prompt(line, do_classifier_free_guidance=False)[0][0].cpu() for line in ["", *lines]]
     HERE.mkdir(exist_ok=True)
     save_file({"prompts": torch.stack(found[1:])}, HERE / "wan21-prompts.safetensors")
-    model: Any = denoiser(pipeline.transformer.float(), found[0].float())
+    model = denoiser(pipeline.transformer.float(), found[0].float())
+    model.check_scheduler(pipeline.scheduler)
     save(model, HERE / "wan21-1.3b.safetensors")
 
 

@@ -211,3 +211,37 @@ def test_the_flow_of_one_gaussian_ends_in_it(schedule):
     x = flow(one, torch.randn(4000, 2, generator=torch.Generator().manual_seed(0)), schedule, 100)
     torch.testing.assert_close(x.mean(0), one.means[0], atol=0.06, rtol=0)
     torch.testing.assert_close(x.std(0), torch.full((2,), 0.5), atol=0.05, rtol=0)
+
+
+def test_samplers_begin_with_the_noise_itself_where_a_table_ends_with_a_little_of_the_sample():
+    z, one = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.ones(3)
+    for schedule in (Table.scaled_linear(), Table.linear(), Cosine(), RectifiedFlow(3.0)):
+        torch.testing.assert_close(schedule.begin(z, one), z, rtol=0, atol=1e-6)
+        torch.testing.assert_close(schedule.from_noise(z, None)[0], z, rtol=0, atol=1e-6)
+    table, early = Table.scaled_linear(), torch.full((3,), 0.625)
+    torch.testing.assert_close(table.begin(z, early), table.sigma(early)[:, None] * z)
+    assert EDM().from_noise(z, None)[0].equal(80 * z)
+    seen = []
+
+    def noted(x, t, condition=None):
+        seen.append(x)
+        return x
+
+    few_step(noted, z, table, torch.ones(1))
+    flow(noted, z, table, 1)
+    torch.testing.assert_close(torch.stack(seen), torch.stack([z, z]), rtol=0, atol=1e-6)
+
+
+def test_a_published_scheduler_is_compared_with_the_denoiser():
+    diffusers = pytest.importorskip("diffusers")
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    one = Denoiser(torch.nn.Identity(), Table.scaled_linear(), "epsilon")
+    one.check_scheduler(diffusers.PNDMScheduler(**betas))
+    with pytest.raises(UsageError, match="predicts something else"):
+        one.check_scheduler(diffusers.DDIMScheduler(**betas, prediction_type="v_prediction"))
+    with pytest.raises(UsageError, match="another table of noise"):
+        one.check_scheduler(diffusers.DDIMScheduler())
+    flow = Denoiser(torch.nn.Identity(), RectifiedFlow(), "flow_prediction")
+    flow.check_scheduler(diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0))
+    with pytest.raises(UsageError, match="predicts something else"):
+        flow.check_scheduler(diffusers.DDIMScheduler(**betas))

@@ -74,7 +74,7 @@ def test_of_gaussian_data_the_exact_student_gives_the_mean():
     one = GaussianMixture(torch.zeros(1, 2), 0.7, schedule)
     z = batch().x
     alpha, sigma = (f(torch.ones(1)).item() for f in (schedule.alpha, schedule.sigma))
-    expected = alpha * 0.49 * sigma * z / (alpha**2 * 0.49 + sigma**2)
+    expected = alpha * 0.49 * z / (alpha**2 * 0.49 + sigma**2)
     torch.testing.assert_close(one(z), expected, rtol=1e-4, atol=1e-6)
 
 

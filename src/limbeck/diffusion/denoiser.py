@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.errors import UsageError
-from limbeck.diffusion.schedule import EDM, PREDICTIONS, Prediction, Schedule
+from limbeck.diffusion.schedule import EDM, PREDICTIONS, Prediction, Schedule, Table
 
 
 class Denoiser(nn.Module):
@@ -74,6 +74,40 @@ class Denoiser(nn.Module):
         if self.null is None:
             raise UsageError("this denoiser has no empty condition", where="null", fix="Denoiser(..., null=classes)")
         return self.null.to(condition).expand_as(condition)
+
+    def check_scheduler(self, scheduler: Any) -> None:
+        """That a scheduler of diffusers, which was published beside a network, tells of it what this denoiser does.
+
+        Args:
+            scheduler: Its `config` names the prediction; those without one are flows'.
+
+        Raises:
+            UsageError: The network predicts something else, or was trained on another table of noise.
+        """
+        found = scheduler.config.get("prediction_type", "flow_prediction")
+        if found != self.prediction:
+            raise UsageError(
+                "the network predicts something else", where="scheduler.config.prediction_type", found=found,
+                expected=self.prediction, fix=f"Denoiser(..., prediction={found!r})",
+            )  # fmt: skip
+        self.check_table(scheduler)
+
+    def check_table(self, scheduler: Any) -> None:
+        """That a scheduler of diffusers has the same table of noise, if both have one.
+
+        Raises:
+            UsageError: They differ.
+        """
+        known = getattr(scheduler, "alphas_cumprod", None)
+        if not isinstance(self.schedule, Table) or known is None:
+            return
+        own = torch.tensor([float(a) for a in self.schedule.alphas_cumprod], dtype=torch.float64)
+        if own.shape != known.shape or not torch.allclose(own, known.double().cpu(), rtol=1e-3, atol=1e-6):
+            raise UsageError(
+                "this is another table of noise", where="scheduler.alphas_cumprod",
+                found=f"{len(known)} down to {float(known[-1]):.3g}", expected=f"{len(own)} down to {float(own[-1]):.3g}",
+                fix="Denoiser(..., Table(scheduler.alphas_cumprod))",
+            )  # fmt: skip
 
     def _raw(self, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
         if condition is None and self.null is not None:

@@ -45,7 +45,7 @@ def flow(
         True
     """
     times = schedule.grid(steps).to(z.device)
-    x = schedule.sigma(times[0]) * z
+    x = schedule.begin(z, times[:1].expand(len(z)))
     for t, s in zip(times[:-1].unbind(), times[1:].unbind(), strict=True):
         now, then = t.expand(len(x)), s.expand(len(x))
         if condition is None or null is None:
@@ -69,8 +69,9 @@ def few_step(
 ) -> Tensor:
     """Samples of a generator of one or a few steps.
 
-    Step i predicts `x_0` from `alpha x_0 + sigma n` at its time: the prediction of the step before with noise again, drawn anew
-    (`fresh`), the first noise once more (`fixed`), or that which the step before saw (`ddim`).
+    The first step begins with the noise (`Schedule.begin`); step i predicts `x_0` from `alpha x_0 + sigma n` at its time: the
+    prediction of the step before with noise again, drawn anew (`fresh`), the first noise once more (`fixed`), or that which the
+    step before saw (`ddim`).
 
     Args:
         generator: Called as `generator(x_t, t=t, condition=condition)`; returns `x_0`.
@@ -102,7 +103,7 @@ def few_step(
         if i and noise == "fresh":
             added = torch.randn_like(z) if fresh is None else fresh(i)
         with torch.set_grad_enabled(torch.is_grad_enabled() and (gradient_steps == "all" or i == last - 1)):
-            x_t = schedule.factors(t, z)[1] * z if i == 0 else schedule.add_noise(x_0, added, t)
+            x_t = schedule.begin(z, t) if i == 0 else schedule.add_noise(x_0, added, t)
             x_0 = generator(x_t, t=t, condition=condition)
             if noise == "ddim" and i < last - 1:
                 added = schedule.convert(x_0, x_t, t, "sample", "epsilon")

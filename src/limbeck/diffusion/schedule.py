@@ -61,11 +61,31 @@ class Schedule:
         return alpha * x_0 + sigma * noise
 
     def from_noise(self, x_t: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`x_t` and t; without t, `x_t` is standard normal noise at the last time."""
+        """`x_t` and t; without t, `x_t` is standard normal noise, and becomes where `begin` has it at the last time."""
         if t is not None:
             return x_t, t
         t = torch.full((len(x_t),), self.last, device=x_t.device)
-        return self.factors(t, x_t)[1].to(x_t.dtype) * x_t, t
+        return self.begin(x_t, t), t
+
+    def begin(self, z: Tensor, t: Tensor) -> Tensor:
+        """Where the first step of a sampler finds its noise: `sigma_t z`, at the last time `sqrt(alpha_T^2 + sigma_T^2) z`.
+
+        A table ends with a little of the sample, which a sampler does not have. What stands there instead has the spread of what
+        the network was trained on: the noise itself, as SwiftBrush, LCM and diffusers (`init_noise_sigma`) begin. Before the end
+        it is `sigma_t z`, noise added to nothing, as SiD begins.
+
+        Args:
+            z: Standard normal `[B, ...]`.
+            t: Times `[B]`.
+
+        Example:
+            >>> table, z = Table.scaled_linear(), torch.ones(2, 1)
+            >>> table.begin(z, torch.tensor([1.0, 0.0])).flatten()
+            tensor([1.0000, 0.0292])
+        """
+        alpha, sigma = self.factors(t, z)
+        last = (t >= self.last).view(sigma.shape).to(z.device)
+        return torch.where(last, torch.hypot(alpha, sigma), sigma).to(z.dtype) * z
 
     def convert(self, value: Tensor, x_t: Tensor, t: Tensor, of: Prediction, to: Prediction) -> Tensor:
         """One prediction as another.
@@ -229,6 +249,10 @@ class EDM(Schedule):
         low, high = self.smallest ** (1 / self.rho), self.largest ** (1 / self.rho)
         return (low + share * (high - low)) ** self.rho
 
+    def begin(self, z: Tensor, t: Tensor) -> Tensor:
+        """`sigma_t z` at all times, as the codes of EDM, consistency models and DMD2 begin: 80 z, not `sqrt(1 + 80^2) z`."""
+        return self.factors(t, z)[1].to(z.dtype) * z
+
     def grid(self, steps: int) -> Tensor:
         """Noise levels `[steps + 1]` from the largest to the smallest, then 0."""
         powers = torch.linspace(self.largest ** (1 / self.rho), self.smallest ** (1 / self.rho), max(steps, 2))
@@ -276,6 +300,17 @@ class Table(Schedule):
     def sigma(self, t: Tensor) -> Tensor:
         """The factor of the noise."""
         return (1 - self._squared(t)).sqrt()
+
+    def step_at(self, share: Tensor) -> Tensor:
+        """The time of a whole timestep, for the schedulers of diffusers know no others: 999, 749, 499, 249 for 4 of 1000.
+
+        Example:
+            >>> (999 * Table.linear().step_at(0.625 * torch.tensor([1.0, 0.75, 0.5, 0.25]))).round().tolist()
+            [624.0, 468.0, 312.0, 156.0]
+        """
+        count = len(self.alphas_cumprod)
+        place = (count * share.double() - 1e-3).ceil() - 1  # what fp32 puts above a whole number is one
+        return (place.clamp(0, count - 1) / (count - 1)).to(share.dtype)
 
     def _squared(self, t: Tensor) -> Tensor:
         table = torch.tensor(self.alphas_cumprod, device=t.device, dtype=t.dtype)

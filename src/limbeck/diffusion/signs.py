@@ -78,7 +78,7 @@ def share_of_noise(net: Denoiser, noise: Tensor, condition: Tensor | None = None
         condition: Class labels `[B]` or embeddings.
     """
     t = torch.full((len(noise),), net.schedule.last, device=noise.device)
-    x_t = (net.schedule.factors(t, noise)[1] * noise).to(noise.dtype)
+    x_t = net.schedule.begin(noise, t)
     return _slope(_raw(net, x_t, t, condition), noise)
 
 

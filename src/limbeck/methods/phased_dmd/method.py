@@ -197,7 +197,7 @@ class PhasedDMD(Method):
         for i, time in enumerate(phase.times[: last + 1]):
             t = torch.full((len(z),), time, device=z.device)
             with torch.set_grad_enabled(torch.is_grad_enabled() and i == last):
-                x = schedule.factors(t, z)[1].to(z.dtype) * z if i == 0 else x
+                x = schedule.begin(z, t) if i == 0 else x
                 x_0 = m.student(x, t=t, condition=condition, expert=i // each)
                 then = phase.end if i == last else phase.times[i + 1]
                 x = schedule.step(x_0, x, t, torch.full_like(t, then)).to(z.dtype) if then else x_0
