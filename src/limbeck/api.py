@@ -21,6 +21,8 @@ from limbeck.core.roles import Roles
 from limbeck.engine.run import Result, execute
 from limbeck.engine.settings import Engine
 from limbeck.evaluate.generation import Generation, save_samples
+from limbeck.evaluate.own_training import NAME as OWN_TRAINING
+from limbeck.evaluate.own_training import own_settings
 from limbeck.evidence import Evidence
 from limbeck.job import Job, Origin, claim, describe, gather, leads, seen
 from limbeck.models.folder import load_folder, save_folder
@@ -92,6 +94,8 @@ def distill(
         "optim": {role: plain(spec) for role, spec in (optim or {}).items() if role not in given},
         "out": None if out is None else os.fspath(out),
     }
+    if not optim and _alone(teacher, data, tree["method"]):
+        tree |= own_settings(data, tree["engine"])
     if isinstance(tree["method"], str):
         tree["method"] = {"name": tree["method"], **fields}
     elif fields:
@@ -191,11 +195,26 @@ def methods() -> dict[str, Card]:
 
 
 def default_method(teacher: Any, data: Any = None) -> str:
-    """The method when none is named: `embedding` for sentence encoders, labels alone on condensed data, else `kd`."""
-    if teacher is None and str(data).startswith("condensed:"):
-        return "limbeck.evaluate.baselines:Supervised"
+    """The method when none is named: `embedding` for sentence encoders, the set's own on condensed data alone, else `kd`."""
+    if _alone(teacher, data):
+        return OWN_TRAINING
     encoder = teacher.startswith("st:") if isinstance(teacher, str) else type(teacher).__name__ in _ENCODERS
     return "embedding" if encoder else "kd"
+
+
+def settings_of(
+    teacher: Any, data: Any, method: str | None, engine: Mapping[str, Any], overrides: Sequence[str]
+) -> Any:
+    """The method of a recipe, its engine and its optimizers, as far as they follow from what it is about."""
+    found = method or default_method(teacher, data)
+    own = own_settings(data, engine, overrides) if _alone(teacher, data, found) else {"engine": dict(engine)}
+    return {"method": found, **own}
+
+
+def _alone(teacher: Any, data: Any, method: Any = OWN_TRAINING) -> bool:
+    """Whether a condensed set is all that there is to learn from."""
+    spec = data.get("spec") if isinstance(data, Mapping) else data
+    return teacher is None and method == OWN_TRAINING and isinstance(spec, str) and spec.startswith("condensed:")
 
 
 def _layers(job: Job) -> dict[str, Sequence[str]]:

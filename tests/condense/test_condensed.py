@@ -69,8 +69,9 @@ def test_it_comes_back_from_a_folder_and_its_size_is_that_of_the_file(tmp_path):
     assert [n for n, p in again.named_parameters() if p.requires_grad] == ["compensators"]
     assert small.bytes() == {"x": 64, "y": 6, "soft": 48, "compensators": 16, "composed": 48}
     assert sum(small.bytes().values()) <= (tmp_path / "condensed.safetensors").stat().st_size
-    with pytest.warns(UserWarning, match="soft labels of this set are not read"):
+    with pytest.warns(UserWarning, match="no samples to judge by"):
         read = load_data(f"condensed:{tmp_path}").train
+    assert read.batch(torch.tensor([5, 0]), 0).soft.equal(small.soft[[5, 0]])
     assert read.batch(torch.arange(6), 0).x.equal(small().detach())
     (tmp_path / "condensed.safetensors").write_bytes(b"x")
     with pytest.raises(UsageError, match="damaged"):

@@ -19,7 +19,7 @@ from limbeck.core.errors import UsageError, require
 from limbeck.core.files import aside
 from limbeck.core.source import Source
 from limbeck.data.ids import mix
-from limbeck.data.sources import TensorSource
+from limbeck.data.lessons import CondensedSource
 
 NAME = "condensed"
 _DATA, _NOTES = "condensed.safetensors", "condensed.json"
@@ -146,10 +146,9 @@ class Condensed(nn.Module):
             raise UsageError("this condensed data set is damaged", where=folder, found=error) from None
         return cls(**parts, learn=notes.get("learn", ()), info=notes.get("info", {}))
 
-    def source(self) -> TensorSource:
-        """The samples with their class numbers, for a training of any kind; soft labels and step size stay behind."""
-        with torch.no_grad():
-            return TensorSource(self().detach(), self.y, torch.arange(len(self)), classes=self.info.get("classes"))
+    def source(self) -> CondensedSource:
+        """The samples with their class numbers and, where there is one table, soft labels, for a training of any kind."""
+        return CondensedSource(self)
 
     def dataset(self) -> torch.utils.data.TensorDataset:
         """The same as a data set of torch: items `(x, y)`."""
@@ -164,15 +163,16 @@ class Condensed(nn.Module):
         return require("datasets", extra="language").Dataset.from_dict({k: list(v) for k, v in columns.items()})
 
     def train(self, mode: bool | nn.Module = True, **training: Any) -> Any:
-        """`condensed.train(network, steps=500)` trains a network on the data and returns it; see `train_on`.
+        """`condensed.train(network, steps=500)` trains a network on the data and returns it; see `train_on` and `Training.own`.
 
         With a Boolean it is what `train` is for any module.
         """
         if not isinstance(mode, nn.Module):
             return super().train(mode)
-        from limbeck.evaluate.condensation import train_on
+        from limbeck.evaluate.condensation import Training, train_on
 
-        return train_on(self, mode, **training)
+        seed, given = training.pop("seed", 0), training.pop("training", None)
+        return train_on(self, mode, given or Training.own(self, **training), seed, **(training if given else {}))
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +218,7 @@ def from_source(source: Source, images_per_class: int, seed: int = 0, noise: boo
         UsageError: There are no labels, a class has too few samples, or values are not finite.
 
     Example:
+        >>> from limbeck.data.sources import TensorSource
         >>> source = TensorSource(torch.rand(30, 4), torch.arange(30) % 3)
         >>> from_source(source, 2).y.tolist()
         [0, 0, 1, 1, 2, 2]
