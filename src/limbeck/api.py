@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from limbeck import __version__
 from limbeck.checks import first_batch
 from limbeck.core import registry
 from limbeck.core.errors import UsageError
@@ -18,6 +19,8 @@ from limbeck.core.method import Method
 from limbeck.core.recipe import Recipe, plain
 from limbeck.core.registry import Card
 from limbeck.core.roles import Roles
+from limbeck.data.condensed import Condensed
+from limbeck.data.condensed_graphs import CondensedGraphs
 from limbeck.engine.run import Result, execute
 from limbeck.engine.settings import Engine
 from limbeck.evaluate.generation import Generation, save_samples
@@ -28,6 +31,7 @@ from limbeck.job import Job, Origin, claim, describe, gather, leads, seen
 from limbeck.models.folder import load_folder, save_folder
 from limbeck.report.run import write_report
 from limbeck.teachers import Cached, collect
+from limbeck.teachers.fingerprint import fingerprint
 from limbeck.timing import seconds_of, steps_within
 
 _ENCODERS = ("SentenceTransformer", "SentenceEncoder")
@@ -160,6 +164,7 @@ def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -
         progress=progress,
     )
     if leads():
+        _sign(job, result.roles)
         evidence.finish(job, result.roles, time.perf_counter() - began)
         _save(job, result.roles)
         if isinstance(job.test, Generation):
@@ -229,6 +234,21 @@ def _open(job: Job, evidence: Evidence) -> None:
     if not (job.out / "recipe.yaml").exists():
         evidence.write(job)
     job.record()
+
+
+def _sign(job: Job, roles: Roles) -> None:
+    """Write into a condensed set how it was made."""
+    small: Any = roles.student.module
+    if isinstance(small, Condensed | CondensedGraphs):
+        small.info["made"] = {
+            "method": registry.name_of(type(job.method)),
+            "fields": plain(job.method),
+            "seed": job.engine.seed,
+            "steps": job.engine.steps,
+            "data": job.data.train.fingerprint(),
+            "teachers": {name: fingerprint(role) for name, role in roles.teachers.items()},
+            "limbeck": __version__,
+        }
 
 
 def _save(job: Job, roles: Roles) -> None:

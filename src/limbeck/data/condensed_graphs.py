@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from limbeck.core.errors import UsageError
 from limbeck.core.files import aside
 from limbeck.core.optim import Optim
+from limbeck.data.condensed import told
 from limbeck.data.graphs import Graph
 from limbeck.data.trees import Frequent, Trees, offsets, renumbered
 
@@ -78,6 +79,10 @@ class CondensedGraphs(nn.Module):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        classes = len(self.labels.unique())
+        return f"CondensedGraphs({len(self)} sets of {max(0, len(self.tree_ends) - 1)} trees, {classes} classes{told(self.info)})"
 
     def bytes(self) -> dict[str, int]:
         """The true size of each part as it is stored."""
