@@ -161,7 +161,7 @@ class Condensed(nn.Module):
         return torch.utils.data.TensorDataset(self.source().x, self.y, *more)
 
     def hf(self) -> Any:
-        """The same as a data set of Hugging Face, columns `x`, `label`, and where there are some `soft_label`: `[C]` or `[E, C]`."""
+        """The same as a data set of Hugging Face: columns `x`, `label` and, of soft labels, `soft_label` (`[C]` or `[E, C]`)."""
         columns = {"x": self.source().x.numpy(), "label": self.y.numpy()}
         if self.soft is not None:
             columns["soft_label"] = self._by_sample.numpy()
