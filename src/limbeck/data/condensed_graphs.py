@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +196,7 @@ def train_on_sets(
     """
     if not len(condensed):
         raise UsageError("there is nothing to train on", where="condensed graphs", found="no sets")
+    check_readout(network)
     network.train()
     how = optim or Optim("adam", lr=0.01)
     optimizer = how.build(network)
@@ -207,6 +209,15 @@ def train_on_sets(
         optimizer.step()
     optimizer.zero_grad()
     return network.eval()
+
+
+def check_readout(network: nn.Module) -> None:
+    """Warn of a network that sums nodes (`readout="sum"`): sets have a handful of roots, graphs have every node."""
+    if getattr(network, "readout", None) == "sum":
+        told = (
+            "sums over the roots of sets and over all nodes of graphs have different scales: take the mean as readout"
+        )
+        warnings.warn(told, stacklevel=3)
 
 
 def empty() -> CondensedGraphs:

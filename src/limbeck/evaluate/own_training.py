@@ -18,6 +18,7 @@ from limbeck.core.recipe import plain
 from limbeck.core.roles import Roles
 from limbeck.core.stages import Stage, Train
 from limbeck.data.condensed import Condensed, condensed_folder
+from limbeck.data.condensed_graphs import check_readout
 from limbeck.data.lessons import CondensedSource, SetsSource
 from limbeck.evaluate.condensation import Training, lessons, taught
 
@@ -68,6 +69,7 @@ class OwnTraining(Method):
         """One training."""
         source = data.train
         if isinstance(source, SetsSource):
+            check_readout(m.student.module)
             yield Train(self.on_sets, roles={"student": None}, data=source.drawn)
             return
         how = self.how(source)
