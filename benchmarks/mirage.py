@@ -3,7 +3,8 @@
     LIMBECK_DATA=path python benchmarks/mirage.py --out benchmarks/results/mirage.json
 
 Times are of the process's CPU, the ways taking turns. `strings` is the way that the authors' scripts describe, written anew from
-the description and not their program: the string of each node's tree by recursion from the root, for every node. `fpgrowth` is
+the description and not their program, which
+`mirage_authors.py` times: the string of each node's tree by recursion from the root, for every node. `fpgrowth` is
 FP-growth in Python as mlxtend has it. Areas are on held-out molecules, mean over GIN, GraphSAGE and GAT, equal steps, one rate
 and one threshold for all, nothing chosen on the test: fifths in turn are held out.
 """

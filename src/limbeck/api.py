@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from limbeck import __version__
 from limbeck.checks import first_batch
 from limbeck.core import registry
 from limbeck.core.errors import UsageError
@@ -18,14 +19,19 @@ from limbeck.core.method import Method
 from limbeck.core.recipe import Recipe, plain
 from limbeck.core.registry import Card
 from limbeck.core.roles import Roles
+from limbeck.data.condensed import Condensed
+from limbeck.data.condensed_graphs import CondensedGraphs
 from limbeck.engine.run import Result, execute
 from limbeck.engine.settings import Engine
 from limbeck.evaluate.generation import Generation, save_samples
+from limbeck.evaluate.own_training import NAME as OWN_TRAINING
+from limbeck.evaluate.own_training import own_settings
 from limbeck.evidence import Evidence
 from limbeck.job import Job, Origin, claim, describe, gather, leads, seen
 from limbeck.models.folder import load_folder, save_folder
 from limbeck.report.run import write_report
 from limbeck.teachers import Cached, collect
+from limbeck.teachers.fingerprint import fingerprint
 from limbeck.timing import seconds_of, steps_within
 
 _ENCODERS = ("SentenceTransformer", "SentenceEncoder")
@@ -92,6 +98,8 @@ def distill(
         "optim": {role: plain(spec) for role, spec in (optim or {}).items() if role not in given},
         "out": None if out is None else os.fspath(out),
     }
+    if not optim and _alone(teacher, data, tree["method"]):
+        tree |= own_settings(data, tree["engine"])
     if isinstance(tree["method"], str):
         tree["method"] = {"name": tree["method"], **fields}
     elif fields:
@@ -156,6 +164,7 @@ def run(job: Job | Recipe | str | os.PathLike[str], *, progress: str = "auto") -
         progress=progress,
     )
     if leads():
+        _sign(job, result.roles)
         evidence.finish(job, result.roles, time.perf_counter() - began)
         _save(job, result.roles)
         if isinstance(job.test, Generation):
@@ -191,11 +200,26 @@ def methods() -> dict[str, Card]:
 
 
 def default_method(teacher: Any, data: Any = None) -> str:
-    """The method when none is named: `embedding` for sentence encoders, labels alone on condensed data, else `kd`."""
-    if teacher is None and str(data).startswith("condensed:"):
-        return "limbeck.evaluate.baselines:Supervised"
+    """The method when none is named: `embedding` for sentence encoders, the set's own on condensed data alone, else `kd`."""
+    if _alone(teacher, data):
+        return OWN_TRAINING
     encoder = teacher.startswith("st:") if isinstance(teacher, str) else type(teacher).__name__ in _ENCODERS
     return "embedding" if encoder else "kd"
+
+
+def settings_of(
+    teacher: Any, data: Any, method: str | None, engine: Mapping[str, Any], overrides: Sequence[str]
+) -> Any:
+    """The method of a recipe, its engine and its optimizers, as far as they follow from what it is about."""
+    found = method or default_method(teacher, data)
+    own = own_settings(data, engine, overrides) if _alone(teacher, data, found) else {"engine": dict(engine)}
+    return {"method": found, **own}
+
+
+def _alone(teacher: Any, data: Any, method: Any = OWN_TRAINING) -> bool:
+    """Whether a condensed set is all that there is to learn from."""
+    spec = data.get("spec") if isinstance(data, Mapping) else data
+    return teacher is None and method == OWN_TRAINING and isinstance(spec, str) and spec.startswith("condensed:")
 
 
 def _layers(job: Job) -> dict[str, Sequence[str]]:
@@ -210,6 +234,21 @@ def _open(job: Job, evidence: Evidence) -> None:
     if not (job.out / "recipe.yaml").exists():
         evidence.write(job)
     job.record()
+
+
+def _sign(job: Job, roles: Roles) -> None:
+    """Write into a condensed set how it was made."""
+    small: Any = roles.student.module
+    if isinstance(small, Condensed | CondensedGraphs):
+        small.info["made"] = {
+            "method": registry.name_of(type(job.method)),
+            "fields": plain(job.method),
+            "seed": job.engine.seed,
+            "steps": job.engine.steps,
+            "data": job.data.train.fingerprint(),
+            "teachers": {name: fingerprint(role) for name, role in roles.teachers.items()},
+            "limbeck": __version__,
+        }
 
 
 def _save(job: Job, roles: Roles) -> None:

@@ -72,6 +72,8 @@ class Evidence:
         self.models["student"] = numbers | costs
         candidate = {"name": job.recipe.student, "metrics": numbers, **costs, "seconds": seconds, "chosen": True}
         lineage = _lineage(job) | {"conversions": roles.lineage.get("student", {}).get("records", [])}
+        if made := getattr(roles.student.module, "info", {}).get("made"):  # of a condensed set
+            lineage["made"] = made
         self.write(job, candidates=[candidate], lineage=lineage, seconds=seconds)
 
 

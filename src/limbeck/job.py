@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +29,8 @@ from limbeck.data.condensed import condensed_size, from_source
 from limbeck.data.condensed_graphs import GRAPHS, empty
 from limbeck.engine.runtime import make_runtime
 from limbeck.engine.settings import Engine
+from limbeck.evaluate.own_training import NAME as OWN
+from limbeck.evaluate.own_training import OwnTraining
 from limbeck.evaluate.tasks import Evaluator, evaluator
 from limbeck.models.load import conversion, load_model, model_preprocess, model_tokenizer, num_classes
 from limbeck.models.specs import is_object
@@ -122,6 +125,9 @@ def gather(
     options = dict(data) if isinstance(data, Mapping) and "spec" in data else {"spec": data}
     sources = load_data(options.pop("spec"), **options)
     classes = sources.num_classes
+    soft = getattr(getattr(sources.train, "condensed", None), "soft", None)
+    if teacher is None and soft is not None and not isinstance(recipe.method, OwnTraining):
+        warnings.warn(f"this method reads class numbers, not the set's soft labels; {OWN} does", stacklevel=2)
     teachers = teachers_of(teacher, recipe.method, classes)
     teacher_module = teachers.get("teacher")
     with torch.random.fork_rng():

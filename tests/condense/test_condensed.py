@@ -20,6 +20,7 @@ from limbeck.evaluate.condensation import Condensation, Training, fresh, protoco
 from limbeck.finished import export
 from limbeck.nn.convnet import ConvNet
 from limbeck.nn.mlp import mlp
+from limbeck.teachers.fingerprint import fingerprint
 
 FAST = Training(40, optim=Optim(lr=0.05))
 
@@ -69,8 +70,9 @@ def test_it_comes_back_from_a_folder_and_its_size_is_that_of_the_file(tmp_path):
     assert [n for n, p in again.named_parameters() if p.requires_grad] == ["compensators"]
     assert small.bytes() == {"x": 64, "y": 6, "soft": 48, "compensators": 16, "composed": 48}
     assert sum(small.bytes().values()) <= (tmp_path / "condensed.safetensors").stat().st_size
-    with pytest.warns(UserWarning, match="soft labels of this set are not read"):
+    with pytest.warns(UserWarning, match="no samples to judge by"):
         read = load_data(f"condensed:{tmp_path}").train
+    assert read.batch(torch.tensor([5, 0]), 0).soft.equal(small.soft[[5, 0]])
     assert read.batch(torch.arange(6), 0).x.equal(small().detach())
     (tmp_path / "condensed.safetensors").write_bytes(b"x")
     with pytest.raises(UsageError, match="damaged"):
@@ -80,11 +82,34 @@ def test_it_comes_back_from_a_folder_and_its_size_is_that_of_the_file(tmp_path):
 def test_other_libraries_read_it():
     pytest.importorskip("datasets")
     small = shared()
-    x, y = small.dataset()[4]
+    x, y, soft = small.dataset()[4]
+    assert soft.equal(small.soft[4])
+    assert len(Condensed(small.x, torch.arange(4)).dataset()[0]) == 2
+    views = Condensed(torch.rand(3, 2), torch.arange(3), soft=torch.rand(5, 3, 4))  # [E, N, C]
+    assert views.dataset()[1][2].equal(views.soft[:, 1])
+    assert torch.tensor(views.hf()[2]["soft_label"]).equal(views.soft[:, 2])
     table = small.hf()
     assert torch.tensor(table[4]["x"]).equal(x)
     assert table[4]["label"] == y
     assert table.column_names == ["x", "label", "soft_label"]
+
+
+@pytest.mark.parametrize("part", ["x", "soft", "compensators", "step_size"])
+def test_numbers_that_are_not_finite_are_neither_made_nor_saved_nor_read(part, tmp_path, monkeypatch):
+    small = shared()
+    parts = {"soft": small.soft, "compensators": small.compensators, "step_size": torch.tensor(0.1)}
+    small = Condensed(small.x, small.y, composed=small.composed, **parts)
+    with torch.no_grad():
+        getattr(small, part).view(-1)[0] = float("nan")
+    with pytest.raises(UsageError, match="NaN") as refused:
+        small.save(tmp_path / "a")
+    assert refused.value.where == f"condensed.{part}"
+    assert not (tmp_path / "a" / "condensed.json").exists()
+    monkeypatch.setattr("limbeck.data.condensed._check_finite", lambda parts: None)
+    small.save(tmp_path / "b")
+    monkeypatch.undo()
+    with pytest.raises(UsageError, match="NaN"):
+        Condensed.load(tmp_path / "b")
 
 
 def test_random_samples_of_each_class():
@@ -217,6 +242,12 @@ def test_a_run_makes_judges_and_saves_one(tmp_path, capsys):
     assert small().equal(result.roles.student(None))
     torch.testing.assert_close(small()[0].detach(), 3 * torch.eye(4)[0], atol=0.5, rtol=0.1)
     assert limbeck.load(tmp_path / "run")().equal(small())
+    info = small.info["made"]
+    assert (info["fields"], info["seed"], info["data"]) == ({}, 0, splits.train.fingerprint())
+    assert info["method"].endswith(":Means")
+    assert info["teachers"] == {"teacher": fingerprint(result.roles.teacher)}
+    assert ":Means, seed 0, limbeck" in repr(small)
+    assert info["data"] in (tmp_path / "run" / "report.html").read_text()
     text = (tmp_path / "run" / "metrics.json").read_text()
     assert '"data-set condensation"' in text
     assert '"student_before"' in text

@@ -24,6 +24,7 @@ from limbeck.teachers.trajectories import (
     Trajectories,
     _batches,
     _sharpness_aware,
+    check_buffer,
     smoothed,
     train_experts,
 )  # fmt: skip
@@ -112,9 +113,10 @@ def test_the_direction_of_sharpness_aware_descent(adaptive):
 
 
 def test_without_a_radius_descent_is_plain(tmp_path):
-    for name, training in (("a", SMALL), ("b", ExpertTraining(**{**vars(SMALL), "gsam_alpha": 0.9}))):
+    trainings = {"a": SMALL, "b": replace(SMALL, gsam_alpha=0.9)}
+    for name, training in trainings.items():
         train_experts(network(), source(), tmp_path / name, training)
-    a, b = (Trajectories(tmp_path / n, network(), SMALL)(0, 3) for n in "ab")
+    a, b = (Trajectories(tmp_path / name, network(), training)(0, 3) for name, training in trainings.items())
     assert a.equal(b)
 
 
@@ -136,9 +138,46 @@ def test_the_ramp_damps_the_first_epochs(tmp_path):
     plain, ramped = (ExpertTraining(count=1, epochs=1, lr=0.1, batch_size=24, ramp=r) for r in (False, True))
     for name, training in (("a", plain), ("b", ramped)):
         train_experts(network(), source(), tmp_path / name, training)
-    a, b = (Trajectories(tmp_path / n, network(), plain) for n in "ab")
+    a, b = (Trajectories(tmp_path / n, network(), t) for n, t in (("a", plain), ("b", ramped)))
     torch.testing.assert_close(b(0, 1) - b(0, 0), 0.5 * (a(0, 1) - a(0, 0)))
     assert smoothed(plain).ramp
+
+
+@pytest.mark.parametrize("drop_after", [0, 1])
+def test_the_rate_drops_once_and_the_momentum_starts_anew(drop_after, tmp_path):
+    """The code of AST drops it after epoch `epochs // 2 + 1`, so that the next one is the first with the lower rate."""
+    data = source(8)
+    training = ExpertTraining(1, 6, 0.1, momentum=0.9, batch_size=8, drop=0.5, drop_after=drop_after)
+    train_experts(network(), data, tmp_path, training)
+    experts = Trajectories(tmp_path, network(), training)
+    w, speed = experts(0, 0), torch.zeros(())
+    for epoch in range(6):
+        ((_, seen, y),) = _batches(data, training, epoch)
+        at = w.requires_grad_()
+        (g,) = torch.autograd.grad(F.cross_entropy(call_flat(network(), at, seen[0]), y[0]), at)
+        first = 4 + drop_after
+        speed = g if epoch in (0, first) else 0.9 * speed + g
+        w = (w - (0.05 if epoch >= first else 0.1) * speed).detach()
+        torch.testing.assert_close(w, experts(0, epoch + 1), rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_are_there_are_taken_where_they_fit(tmp_path, monkeypatch):
+    train_experts(network(), source(), tmp_path / "a", SMALL)
+    monkeypatch.setattr(trajectories, "_write", None)  # nothing is trained
+    assert train_experts(network(), source(), tmp_path / "a", replace(SMALL, count=2, seed=7))["reused"]
+    fewer = Trajectories(tmp_path / "a", network(), replace(SMALL, count=2))
+    assert fewer(1, 2).equal(Trajectories(tmp_path / "a", network(), SMALL)(1, 2))
+    with pytest.raises(UsageError, match="no such expert"):
+        fewer(3, 0)
+    with pytest.raises(UsageError, match="too few experts"):
+        check_buffer(tmp_path / "a", network(), replace(SMALL, count=4))
+    curved = network()
+    for name, part in curved.named_modules():
+        if isinstance(part, nn.ReLU):
+            curved.set_submodule(name, nn.Tanh())
+    assert {n: p.shape for n, p in curved.named_parameters()} == {n: p.shape for n, p in network().named_parameters()}
+    with pytest.raises(UsageError, match="another structure"):
+        check_buffer(tmp_path / "a", curved, SMALL)
 
 
 def test_other_experts_in_the_same_place_are_not_taken_for_the_first(tmp_path):
@@ -254,10 +293,14 @@ def test_what_does_not_fit(tmp_path):
     with pytest.raises(UsageError, match="need labels"):
         train_experts(network(), TensorSource(torch.rand(4, 1, 4, 4)), tmp_path / "b", SMALL)
     for other in (replace(SMALL, lr=0.2), replace(SMALL, epochs=4), replace(SMALL, operations=())):
-        with pytest.raises(UsageError, match="other experts"):
+        with pytest.raises(UsageError, match="another way"):
             train_experts(network(), source(), tmp_path / "a", other)
-    with pytest.raises(UsageError, match="other experts"):
+    with pytest.raises(UsageError, match="other data"):
         train_experts(network(), source(27), tmp_path / "a", SMALL)
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "begun.json").write_text('{"shapes": {}}')
+    with pytest.raises(UsageError, match="other experts"):
+        train_experts(network(), source(), tmp_path / "half", SMALL)
     (tmp_path / "a" / "epoch-0001.safetensors").write_bytes(b"x")
     with pytest.raises(UsageError, match="cannot be read"):
         Trajectories(tmp_path / "a", network(), SMALL)(0, 1)

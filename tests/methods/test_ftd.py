@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import limbeck
 from limbeck import Engine, Optim, Roles
 from limbeck.core.errors import UsageError
 from limbeck.core.optim import Ema
@@ -154,3 +155,30 @@ def test_models_that_do_not_fit():
         FTD().check(Roles(teacher=network(), student=network()), batch)
     with pytest.raises(UsageError, match="too few epochs"):
         FTD(epochs=5, starts=5).check(roles(), batch)
+
+
+def test_experts_of_an_earlier_run_are_taken_and_others_refused_before_any_work(tmp_path):
+    """Kept by the first run, taken by the second with another seed, refused for another network, training or data."""
+    kept = replace(FAST, buffer=str(tmp_path / "experts"))
+    first = run(kept, roles(), steps=2, seed=0)
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "experts").iterdir()}
+    assert len(times) == 7
+    second = run(kept, roles(), steps=2, seed=1)
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "experts").iterdir()} == times
+    assert (first.results[0].value.get("reused"), second.results[0].value["reused"]) == (None, True)
+    alone = run(FAST, roles(), steps=2, seed=0)
+    assert alone.roles.student(None).equal(first.roles.student(None))
+    optim, engine = {"student": Optim("sgd", lr=1.0)}, {"steps": 2, "device": "cpu"}
+    other = torch.nn.Sequential(torch.nn.Linear(6, 12), torch.nn.Tanh(), torch.nn.Linear(12, 3))
+    shifted = TensorSource(source().x + 1, source().labels)
+    for name, net, method, data, words in (
+        ("net", other, kept, source(), "another architecture"),
+        ("way", network(), replace(kept, expert_lr=0.2), source(), "another way"),
+        ("few", network(), replace(kept, experts=9), source(), "too few experts"),
+        ("data", network(), kept, shifted, "other data"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            limbeck.distill(
+                net, "condensed:2", Data(train=data), method, out=tmp_path / name, optim=optim, engine=engine
+            )
+        assert not (tmp_path / name).exists()

@@ -12,6 +12,7 @@ from limbeck.data.augment import Mixing, Views
 from limbeck.data.condensed import Condensed, from_source
 from limbeck.data.slots import Slots
 from limbeck.engine.run import execute
+from limbeck.evaluate.condensation import Training, lessons
 from limbeck.methods.infer.method import INFER, kept
 from limbeck.nn.convnet import ConvNet
 from limbeck.teachers.relabel import mean_logits, static_labels
@@ -194,3 +195,16 @@ def test_budgets_that_are_too_small_and_sets_that_have_compensators_are_refused(
     m.teacher_1 = nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
     with pytest.raises(UsageError, match="remembers no batch statistics"):
         INFER().check(m, batch)
+
+
+def test_a_set_with_one_table_says_how_its_samples_are_mixed():
+    """As the authors train on it: logits of pairs are mixed as the images are, before the softmax."""
+    small = made(INFER(label_operations=(), label_batch_size=5), world())
+    how = Training.own(small).resolved(small)
+    assert (how.labels, how.views) == ("soft", Views(5, (), "mixup", 0.8))
+    seen, ((rows, see), *_) = lessons(small, how)(0), how.views.epoch(0, len(small))
+    x, mixing = see(small().detach()[rows])
+    torch.testing.assert_close(seen.x, x)
+    soft = small.soft[rows]
+    torch.testing.assert_close(seen.target, mixing.share * soft + (1 - mixing.share) * soft[mixing.partner])
+    assert "training" not in made(INFER(label_epochs=2), world()).info

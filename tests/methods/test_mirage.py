@@ -1,5 +1,6 @@
 """Mirage: trees are what networks see, codes are trees, sets are those of brute force, and files do not depend on order."""
 
+import warnings
 from itertools import combinations
 
 import pytest
@@ -14,6 +15,7 @@ from limbeck.data.graphs import Graph, Graphs, from_pyg, motifs, read_tu, union
 from limbeck.data.trees import Trees, frequent_sets, transactions
 from limbeck.evaluate.graphs import auc, judge_graphs
 from limbeck.methods.mirage.method import Mirage
+from limbeck.nn.gnn import GNN
 
 FAST = Mirage(depth=1, threshold=0.5)
 
@@ -326,3 +328,12 @@ def test_the_reader_of_torch_geometric_reads_the_same(tmp_path):
 def test_what_does_not_fit(make, words):
     with pytest.raises(UsageError, match=words):
         make()
+
+
+def test_a_readout_by_sums_is_warned_of():
+    small = FAST.condense(motifs(60))
+    with pytest.warns(UserWarning, match="different scales"):
+        small.train(GNN("gin", 5, 2, readout="sum"), steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        small.train(GNN("gin", 5, 2), steps=1)

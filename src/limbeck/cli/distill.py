@@ -41,11 +41,11 @@ def distill(
 
         show_run(main_job(budget, out), json)
         return
-    from limbeck.api import default_method
+    from limbeck.api import settings_of
     from limbeck.core.recipe import Recipe
 
     teachers = teacher[0] if teacher and len(teacher) == 1 else teacher or None
     tree = {"teacher": teachers, "student": student, "data": data, "out": None if out is None else str(out)}
     tree = {name: value for name, value in tree.items() if value is not None}
-    recipe = Recipe.parse(tree | {"method": method or default_method(teachers, data), "engine": engine}, set_ or ())
+    recipe = Recipe.parse(tree | settings_of(teachers, data, method, engine, set_ or ()), set_ or ())
     execute(recipe, budget, dry_run, json)

@@ -268,7 +268,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
 def resolve_data(data: Any, folder: Path) -> Any:
     """The data of a recipe in a folder, with what names a file beside it replaced by its path."""
     if isinstance(data, dict):  # other options are names of columns and classes
-        return data | {name: _located(data[name], folder) for name in ("spec", "unlabelled") if name in data}
+        return data | {
+            name: _located(data[name], folder) for name in ("spec", "unlabelled", "held_out") if name in data
+        }
     return _located(data, folder)
 
 

@@ -19,7 +19,7 @@ from limbeck.core.errors import UsageError, require
 from limbeck.core.files import aside
 from limbeck.core.source import Source
 from limbeck.data.ids import mix
-from limbeck.data.sources import TensorSource
+from limbeck.data.lessons import CondensedSource
 
 NAME = "condensed"
 _DATA, _NOTES = "condensed.safetensors", "condensed.json"
@@ -37,8 +37,9 @@ class Condensed(nn.Module):
         composed: `[N, 2]`: sample i is `x[a]`, plus `compensators[b]` where b is not -1, clipped to `info["clip"]`.
         step_size: The learning rate that belongs to the data, where it was learned with them.
         learn: Which of `x`, `compensators`, `step_size` require a gradient.
-        info: Plain data: how it was made, and how it is to be trained on: `clip` (lowest and highest value, each a number or
-            one for each channel), `views` (fields of `Views`), `temperature`, `classes`.
+        info: Plain data: how it is to be trained on: `clip` (lowest and highest value, each a number or one for each channel),
+            `views` (fields of `Views`), or `training`, those of a single table of labels, `temperature`, `classes`; and how it
+            was made, `made`: method, its fields, seed, fingerprints of data and teachers, version, as a run writes it.
 
     Raises:
         UsageError: Sizes do not fit, or values are not finite.
@@ -66,8 +67,7 @@ class Condensed(nn.Module):
         sizes = {"y": len(y)} | ({} if soft is None else {"soft": soft.shape[-2]})
         if any(size != count for size in sizes.values()) or not count:
             raise UsageError("labels and samples differ in number", where="condensed", found=sizes, expected=count)
-        if type(x.detach()) is Tensor and not x.is_meta and not bool(x.isfinite().all()):  # fake tensors have no values
-            raise UsageError("the samples hold NaN or infinite values", where="condensed.x", fix="drop or mend them")
+        _check_finite({"x": x, "soft": soft, "compensators": compensators, "step_size": step_size})
         self.x = nn.Parameter(x.detach().clone(), requires_grad="x" in learn)
         self.compensators = _parameter(compensators, "compensators" in learn)
         self.step_size = _parameter(None if step_size is None else torch.as_tensor(step_size), "step_size" in learn)
@@ -122,7 +122,12 @@ class Condensed(nn.Module):
         return {name: t.numel() * t.element_size() for name, t in self.parts().items()}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `condensed.safetensors` and `condensed.json` into a folder, whole or not at all."""
+        """Write `condensed.safetensors` and `condensed.json` into a folder, whole or not at all.
+
+        Raises:
+            UsageError: Samples, soft labels, compensators or the step size are not finite.
+        """
+        _check_finite(self.parts())
         with aside(Path(path) / _NOTES) as scratch:
             save_file({name: t.contiguous() for name, t in self.parts().items()}, scratch.with_name(_DATA))
             learned = [name for name, p in self.named_parameters() if p.requires_grad]
@@ -134,7 +139,7 @@ class Condensed(nn.Module):
         """Read the folder that `save` wrote, or that of the run which made it.
 
         Raises:
-            UsageError: There is no condensed data set in the folder, or it is damaged.
+            UsageError: There is no condensed data set in the folder, it is damaged, or holds NaN.
         """
         folder = condensed_folder(path)
         if folder is None:
@@ -146,33 +151,60 @@ class Condensed(nn.Module):
             raise UsageError("this condensed data set is damaged", where=folder, found=error) from None
         return cls(**parts, learn=notes.get("learn", ()), info=notes.get("info", {}))
 
-    def source(self) -> TensorSource:
-        """The samples with their class numbers, for a training of any kind; soft labels and step size stay behind."""
-        with torch.no_grad():
-            return TensorSource(self().detach(), self.y, torch.arange(len(self)), classes=self.info.get("classes"))
+    def source(self) -> CondensedSource:
+        """The samples with their class numbers and, where there is one table, soft labels, for a training of any kind."""
+        return CondensedSource(self)
 
     def dataset(self) -> torch.utils.data.TensorDataset:
-        """The same as a data set of torch: items `(x, y)`."""
-        source = self.source()
-        return torch.utils.data.TensorDataset(source.x, self.y)
+        """The same as a data set of torch: items `(x, y)`, or `(x, y, soft)` with logits `[C]`, or `[E, C]` of epochs."""
+        more = () if self.soft is None else (self._by_sample,)
+        return torch.utils.data.TensorDataset(self.source().x, self.y, *more)
 
     def hf(self) -> Any:
-        """The same as a data set of Hugging Face, columns `x`, `label` and, where there is one table, `soft_label`."""
+        """The same as a data set of Hugging Face: columns `x`, `label` and, of soft labels, `soft_label` (`[C]` or `[E, C]`)."""
         columns = {"x": self.source().x.numpy(), "label": self.y.numpy()}
-        if self.soft is not None and self.soft.ndim == 2:
-            columns["soft_label"] = self.soft.numpy()
+        if self.soft is not None:
+            columns["soft_label"] = self._by_sample.numpy()
         return require("datasets", extra="language").Dataset.from_dict({k: list(v) for k, v in columns.items()})
 
+    @property
+    def _by_sample(self) -> Tensor:
+        """Soft labels with the samples first, `[N, C]` or `[N, E, C]`."""
+        assert self.soft is not None
+        return self.soft if self.soft.ndim == 2 else self.soft.transpose(0, 1)
+
+    def __repr__(self) -> str:
+        shape = [len(self), *self.x.shape[1:]]
+        soft = "" if self.soft is None else f", soft labels {list(self.soft.shape)}"
+        return f"Condensed({shape} of {self.num_classes} classes{soft}{told(self.info)})"
+
     def train(self, mode: bool | nn.Module = True, **training: Any) -> Any:
-        """`condensed.train(network, steps=500)` trains a network on the data and returns it; see `train_on`.
+        """`condensed.train(network, steps=500)` trains a network on the data and returns it; see `train_on` and `Training.own`.
 
         With a Boolean it is what `train` is for any module.
         """
         if not isinstance(mode, nn.Module):
             return super().train(mode)
-        from limbeck.evaluate.condensation import train_on
+        from limbeck.evaluate.condensation import Training, train_on
 
-        return train_on(self, mode, **training)
+        seed, given = training.pop("seed", 0), training.pop("training", None)
+        return train_on(self, mode, given or Training.own(self, **training), seed, **(training if given else {}))
+
+
+def told(info: Mapping[str, Any]) -> str:
+    """How a set was made, for its `repr`; empty where it does not say."""
+    made = info.get("made")
+    return "" if not made else f", made by {made['method']}, seed {made['seed']}, limbeck {made['limbeck']}"
+
+
+def _check_finite(parts: Mapping[str, Any]) -> None:
+    for name, value in parts.items():
+        t = value.detach() if isinstance(value, Tensor) else None if value is None else torch.as_tensor(value)
+        if t is None or type(t) is not Tensor or t.is_meta or not t.is_floating_point():  # fake tensors have no values
+            continue
+        if not bool(t.isfinite().all()):
+            what = "samples hold" if name == "x" else f"{name.replace('_', ' ')} of this set hold"
+            raise UsageError(f"the {what} NaN or infinite values", where=f"condensed.{name}", fix="drop or mend them")
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +250,7 @@ def from_source(source: Source, images_per_class: int, seed: int = 0, noise: boo
         UsageError: There are no labels, a class has too few samples, or values are not finite.
 
     Example:
+        >>> from limbeck.data.sources import TensorSource
         >>> source = TensorSource(torch.rand(30, 4), torch.arange(30) % 3)
         >>> from_source(source, 2).y.tolist()
         [0, 0, 1, 1, 2, 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from limbeck.core.errors import UsageError
 from limbeck.core.files import aside
 from limbeck.core.optim import Optim
+from limbeck.data.condensed import told
 from limbeck.data.graphs import Graph
 from limbeck.data.trees import Frequent, Trees, offsets, renumbered
 
@@ -78,6 +80,10 @@ class CondensedGraphs(nn.Module):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        classes = len(self.labels.unique())
+        return f"CondensedGraphs({len(self)} sets of {max(0, len(self.tree_ends) - 1)} trees, {classes} classes{told(self.info)})"
 
     def bytes(self) -> dict[str, int]:
         """The true size of each part as it is stored."""
@@ -190,6 +196,7 @@ def train_on_sets(
     """
     if not len(condensed):
         raise UsageError("there is nothing to train on", where="condensed graphs", found="no sets")
+    check_readout(network)
     network.train()
     how = optim or Optim("adam", lr=0.01)
     optimizer = how.build(network)
@@ -202,6 +209,15 @@ def train_on_sets(
         optimizer.step()
     optimizer.zero_grad()
     return network.eval()
+
+
+def check_readout(network: nn.Module) -> None:
+    """Warn of a network that sums nodes (`readout="sum"`): sets have a handful of roots, graphs have every node."""
+    if getattr(network, "readout", None) == "sum":
+        told = (
+            "sums over the roots of sets and over all nodes of graphs have different scales: take the mean as readout"
+        )
+        warnings.warn(told, stacklevel=3)
 
 
 def empty() -> CondensedGraphs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -13,9 +12,9 @@ from limbeck.core.errors import UsageError, require
 from limbeck.data import embedded, folders, tables
 from limbeck.data.build import complete, from_object, from_tables, hub_tables, is_hub, with_transforms
 from limbeck.data.condensed import NAME as CONDENSED
-from limbeck.data.condensed import Condensed
 from limbeck.data.data import Data
 from limbeck.data.graphs import is_tu, read_tu
+from limbeck.data.held_out import load_condensed
 from limbeck.data.images import SUFFIXES, image_files
 from limbeck.data.language import text_blocks
 from limbeck.data.options import DataOptions
@@ -59,6 +58,11 @@ def load_data(spec: Any, *, tokenizer: Callable[..., Any] | str | None = None, *
     if tokenizer is None and o.tokenizer is not None and o.block_size is None:
         tokenizer = _named_tokenizer(o.tokenizer)
     data = _load(spec, o, tokenizer)
+    if o.held_out is not None and not str(spec).startswith(f"{CONDENSED}:"):
+        raise UsageError(
+            "these data have a test split of their own", where="data.held_out", found=o.held_out,
+            expected="condensed:FOLDER as the data", fix="leave it out; data.test is the share that is held out",
+        )  # fmt: skip
     if o.unlabelled is None:
         return data
     alone = replace(o, unlabelled=None, validation=0.0, test=0.0, label=None, classes=None)
@@ -82,11 +86,7 @@ def _load(spec: Any, o: DataOptions, tokenizer: Tokenizer) -> Data:
     if text == "docstrings":
         return embedded.docstrings(tokenizer, o.max_length)
     if text.startswith(f"{CONDENSED}:"):
-        small = Condensed.load(text.partition(":")[2])
-        if small.soft is not None:
-            told = "the soft labels of this set are not read, only its class numbers: Condensed.load(...).train(model) uses them"
-            warnings.warn(told, stacklevel=2)
-        return Data(train=small.source())
+        return load_condensed(text.partition(":")[2], o, tokenizer)
     if text.startswith("hf:"):
         return from_tables(_hub(text.removeprefix("hf:")), o, tokenizer)
     if is_object(text):

@@ -32,6 +32,8 @@ class DataOptions:
         validation: Share of the training samples that becomes the validation split where there is none, in [0, 1).
         test: Share that becomes the test split where there is one split only, in [0, 1).
         unlabelled: Further samples without labels, named like `spec`: they become the split `unlabelled`.
+        held_out: For `condensed:FOLDER`: data named like `spec`, divided like those, whose test samples judge what is trained on
+            the set; of data that are not divided (`validation` and `test` 0), all. Default: those of the run that made it.
         seed: Seed of the division, the augmentation, and data that are drawn.
     """
 
@@ -51,6 +53,7 @@ class DataOptions:
     validation: float = 0.1
     test: float = 0.1
     unlabelled: str | None = None
+    held_out: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

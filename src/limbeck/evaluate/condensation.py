@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -18,6 +17,7 @@ from limbeck.core.roles import Role, Roles
 from limbeck.core.source import Source
 from limbeck.data.augment import Views
 from limbeck.data.condensed import Condensed
+from limbeck.data.lessons import Lessons
 from limbeck.evaluate.cost import evaluating
 from limbeck.losses.logits import soft_cross_entropy
 
@@ -49,6 +49,25 @@ class Training:
     temperature: float | None = None
     parts: int | None = None
 
+    @classmethod
+    def own(cls, condensed: Condensed, **fields: Any) -> Training:
+        """How a set wants to be trained on by itself, as `condensed.train(network)` does.
+
+        A step size that was learned with the samples is the rate for class numbers, as where these methods are published; how
+        samples and labels are mixed is as `info["training"]` says. Sets are compared without either, by `Training()`.
+
+        Args:
+            condensed: The set.
+            **fields: In the place of these.
+        """
+        found: dict[str, Any] = {}
+        hard = fields.get("labels") == "hard" or condensed.soft is None
+        if hard and condensed.step_size is not None:
+            found["optim"] = replace(SGD, lr=float(condensed.step_size.detach()))
+        if not hard and "training" in condensed.info:
+            found["views"] = views_of(condensed.info["training"])
+        return cls(**{**found, **fields})
+
     def resolved(self, condensed: Condensed) -> Training:
         """With what the set says about itself.
 
@@ -63,9 +82,13 @@ class Training:
         parts = self.parts or (condensed.info.get("label_parts", 1) if labels == "soft" else 1)
         found = replace(self, labels=labels, temperature=temperature, optim=optim, parts=parts)
         if labels == "soft" and condensed.soft is not None and condensed.soft.ndim == 3:
-            own = dict(condensed.info["views"])
-            found = replace(found, views=Views(**{**own, "operations": tuple(own.get("operations", ()))}))
+            found = replace(found, views=views_of(condensed.info["views"]))
         return found
+
+
+def views_of(told: Mapping[str, Any]) -> Views:
+    """Views from the plain data that a set tells of them."""
+    return Views(**{**told, "operations": tuple(told.get("operations", ()))})
 
 
 def train_on(
@@ -90,40 +113,52 @@ def train_on(
         [0, 1, 2, 3]
     """
     how = replace(training or Training(), **fields).resolved(condensed)
-    replayed = how.labels == "soft" and condensed.soft is not None and condensed.soft.ndim == 3
-    views = how.views if replayed else replace(how.views, seed=how.views.seed + 1_000_003 * seed)
-    epochs = condensed.soft.shape[0] if replayed and condensed.soft is not None else None
-    device = next(network.parameters()).device
-    images = condensed().detach().to(device)
-    targets = _targets(condensed, how).to(device)
+    seen = lessons(condensed, how, seed, next(network.parameters()).device)
     network.train()
     optim = how.optim or SGD
     optimizer = optim.build(network)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: optim.factor(step, how.steps))
-    done = 0
-    for epoch in count():
-        shown = epoch if epochs is None else epoch % epochs
-        table = targets[shown] if targets.ndim == 3 else targets
-        for rows, see in views.epoch(shown, len(condensed)):
-            x, mixing = see(images[rows])
-            wanted = table[rows]
-            if mixing is not None and not replayed:
-                wanted = mixing.targets(wanted)
-            logits = torch.cat([network(part) for part in x.chunk(how.parts or 1)])
-            t = how.temperature or 1.0
-            soft = wanted if how.labels == "hard" else (wanted / t).softmax(1)
-            loss = soft_cross_entropy(logits if how.labels == "hard" else logits / t, soft)
-            optimizer.zero_grad()
-            loss.backward()
-            if optim.clip is not None:
-                nn.utils.clip_grad_norm_(network.parameters(), optim.clip)
-            optimizer.step()
-            schedule.step()
-            done += 1
-            if done == how.steps:
-                optimizer.zero_grad()
-                return network.eval()
-    raise AssertionError  # the loop has no end of its own
+    for step in range(how.steps):
+        batch = seen(step)
+        loss = taught(network, batch.x, batch.target, how)
+        optimizer.zero_grad()
+        loss.backward()
+        if optim.clip is not None:
+            nn.utils.clip_grad_norm_(network.parameters(), optim.clip)
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad()
+    return network.eval()
+
+
+def lessons(condensed: Condensed, how: Training, seed: int = 0, device: torch.device | str = "cpu") -> Lessons:
+    """What a training sees of a set.
+
+    Args:
+        condensed: The set.
+        how: A training that is `resolved`.
+        seed: Of order, augmentation and mixing, where they are not the set's own.
+        device: Where.
+    """
+    targets = _targets(condensed, how).to(device)
+    views = how.views if targets.ndim == 3 else replace(how.views, seed=how.views.seed + 1_000_003 * seed)
+    return Lessons(condensed().detach().to(device), targets, views)
+
+
+def taught(network: Callable[[Tensor], Tensor], x: Tensor, target: Tensor, how: Training) -> Tensor:
+    """The loss of a batch of a set: cross-entropy with one-hot or mixed labels, or with logits at their temperature.
+
+    Args:
+        network: Images to logits `[B, C]`.
+        x: Samples `[B, ...]`.
+        target: Labels or logits `[B, C]`.
+        how: A training that is `resolved`.
+    """
+    logits = torch.cat([network(part) for part in x.chunk(how.parts or 1)])
+    if how.labels == "hard":
+        return soft_cross_entropy(logits, target)
+    t = how.temperature or 1.0
+    return soft_cross_entropy(logits / t, (target / t).softmax(1))
 
 
 def _targets(condensed: Condensed, how: Training) -> Tensor:
@@ -212,7 +247,8 @@ def protocol(
 class Condensation:
     """Judges a condensed set by networks like the teacher, trained from scratch on it: the mean of their accuracies, `top1`.
 
-    The teacher is judged as it is; before training the set is random real samples.
+    All sets have the same training, `Training()` unless another one is given: a learned step size and a set's own mixing are
+    for `condensed.train`. The teacher is judged as it is; before training the set is random real samples.
 
     Args:
         source: Held-out real samples.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -98,8 +98,12 @@ class Recovered(Method):
 
     @property
     def told(self) -> dict[str, Any]:
-        """What the set says of itself."""
-        return {"clip": None if self.clip is None else list(self.clip)}
+        """What the set says of itself: its bounds, and what a training on a single table of labels sees."""
+        found: dict[str, Any] = {"clip": None if self.clip is None else list(self.clip)}
+        if not self.label_epochs:
+            how = asdict(Views(self.label_batch_size, self.label_operations, self.mixing, self.alpha))
+            found["training"] = how | {"operations": list(self.label_operations)}
+        return found
 
     def view(self, m: Roles, batch: Batch, i: int, x: Tensor) -> Tensor:
         """The images of the `i`-th slot of a batch in this step's view."""

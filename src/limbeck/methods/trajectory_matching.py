@@ -19,7 +19,15 @@ from limbeck.evaluate.condensation import whole
 from limbeck.methods.checks import check_field
 from limbeck.optim.unroll import FORMS, Form
 from limbeck.teachers.following import Following, check_following
-from limbeck.teachers.trajectories import ExpertTraining, Trajectories, check_network, train_experts
+from limbeck.teachers.trajectories import (
+    ExpertTraining,
+    Trajectories,
+    check_buffer,
+    check_buffer_data,
+    check_network,
+    is_buffer,
+    train_experts,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,8 @@ class TrajectoryMatching(Method):
         operations: Augmentations, `("color", "shift", "cutout", "flip", "scale", "rotate")` for DSA.
         step_size: At first.
         step_size_lr: Its own learning rate; 0 keeps it.
+        buffer: A folder of experts. Those of an earlier run with the same network, data and settings are taken, of whatever
+            seed; where there are none yet, this run's are kept there. None trains them for this run.
         form: `constant` or `full`, the same gradient; `tesla`, the published approximation, where the student has no momentum.
     """
 
@@ -55,6 +65,7 @@ class TrajectoryMatching(Method):
     operations: tuple[str, ...] = ()
     step_size: float = 0.01
     step_size_lr: float = 1e-5
+    buffer: str | None = None
     form: Form = "constant"
 
     forms: ClassVar[tuple[str, ...]] = FORMS
@@ -82,13 +93,22 @@ class TrajectoryMatching(Method):
         """The network's weights are all that it is, and experts are long enough."""
         check_network(m.teacher.module)
         check_following(m, self.following, self.epochs, self.starts)
+        if self.buffer is not None and is_buffer(self.buffer):
+            check_buffer(self.buffer, whole(m.teacher, m.teacher.module), self.expert_training)
+
+    def check_data(self, data: Any) -> None:
+        """Experts of an earlier run are of the same data."""
+        if self.buffer is not None:
+            check_buffer_data(self.buffer, data.train)
 
     def trained(self, m: Roles, data: Any) -> Generator[Stage, Any, Trajectories]:
         """The stage that trains the experts; returns their trajectories."""
         training = replace(self.expert_training, seed=m.seed)
         network = whole(m.teacher, m.teacher.module)
-        found = yield Collect("experts", lambda m, folder: train_experts(network, data.train, folder, training))
-        return Trajectories(found.path, whole(m.teacher, m.teacher.module), training)
+        found = yield Collect(
+            "experts", lambda m, own: train_experts(network, data.train, self.buffer or own, training)
+        )
+        return Trajectories(found.path and (self.buffer or found.path), whole(m.teacher, m.teacher.module), training)
 
     def begun(self, m: Roles, x: Tensor | None = None, y: Tensor | None = None) -> Condensed:
         """The samples as they are, or others with labels, with a step size."""

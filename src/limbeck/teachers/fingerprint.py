@@ -44,7 +44,20 @@ def fingerprint(model: nn.Module | Role) -> str:
     return digest.hexdigest()[:32]
 
 
-def _module(module: nn.Module) -> Iterator[Any]:
+def structure(module: nn.Module) -> str:
+    """A hash of a model's architecture alone: classes, settings, names, kinds and shapes of its parameters and buffers.
+
+    Example:
+        >>> structure(nn.Linear(2, 1)) == structure(nn.Linear(2, 1)), structure(nn.ReLU()) == structure(nn.Tanh())
+        (True, False)
+    """
+    digest = hashlib.sha256()
+    for part in _module(module, values=False):
+        digest.update(part)
+    return digest.hexdigest()[:32]
+
+
+def _module(module: nn.Module, values: bool = True) -> Iterator[Any]:
     for name, part in module.named_modules():
         # Not the class's module: a script's classes live in __main__, and in a module when it is imported.
         yield f"{name}:{type(part).__qualname__}\n".encode()
@@ -52,7 +65,8 @@ def _module(module: nn.Module) -> Iterator[Any]:
     yield json.dumps(_config(module), sort_keys=True, default=str).encode()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         yield f"{name}:{tensor.dtype}{list(tensor.shape)}\n".encode()
-        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        if values:
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _config(module: nn.Module) -> dict[str, Any]:

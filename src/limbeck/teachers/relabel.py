@@ -163,6 +163,7 @@ def with_labels(
         told["views"] = {**asdict(views), "operations": list(views.operations)}
     return Condensed(
         condensed.x, condensed.y, soft=soft, compensators=condensed.compensators, composed=condensed.composed,
+        step_size=condensed.step_size,
         learn=[name for name, p in condensed.named_parameters() if p.requires_grad], info=condensed.info | told,
     )  # fmt: skip
 

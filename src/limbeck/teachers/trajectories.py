@@ -27,6 +27,7 @@ from limbeck.data.sources import Rows
 from limbeck.evaluate.condensation import fresh
 from limbeck.losses.trajectory import input_gradient_norm
 from limbeck.optim.unroll import flatten
+from limbeck.teachers.fingerprint import structure
 
 _NOTES, _BEGUN = "experts.json", "begun.json"
 
@@ -50,7 +51,9 @@ class ExpertTraining:
         ramp: Whether the loss is scaled by 0.5, 0.55, ..., 0.95 in the first ten epochs (the clipping loss of AST's code).
         penalty: `lambda` of `(||d sum(logits) / dx|| - 1)^2` at samples without augmentation (AST); 0 for none.
         norm: `pixel`, over channels, as in AST's code, or `sample`.
-        drop: From the epoch after the middle on, the rate is multiplied by this, and the momentum starts anew.
+        drop: From the epoch after the middle on, `epochs // 2 + 1` counted from 0, the rate is multiplied by this, and the
+            momentum starts anew.
+        drop_after: So many epochs later; 1 in the code of AST, which drops it after that epoch and not before.
         seed: Of all.
     """
 
@@ -68,6 +71,7 @@ class ExpertTraining:
     penalty: float = 0.0
     norm: Literal["sample", "pixel"] = "pixel"
     drop: float = 1.0
+    drop_after: int = 0
     seed: int = 0
 
 
@@ -89,17 +93,7 @@ class Trajectories:
         self.kept: dict[int, Tensor] = {}
         if folder is None:
             return
-        try:
-            notes = json.loads((Path(folder) / _NOTES).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError("there are no whole expert trajectories", where=folder, found=error) from None
-        if notes["shapes"] != _shapes(network):
-            raise UsageError(
-                "these experts are of another architecture",
-                where=folder,
-                found=notes["shapes"],
-                expected=_shapes(network),
-            )
+        check_buffer(folder, network, training)
 
     def __call__(self, expert: int, epoch: int) -> Tensor:
         """The weights of an expert after an epoch, flat `[P]` fp32."""
@@ -108,7 +102,67 @@ class Trajectories:
             return flatten([p.detach() for p in self.network.parameters()])
         if epoch not in self.kept:
             self.kept[epoch] = _epoch(Path(self.folder) / f"epoch-{epoch:04d}.safetensors")
-        return self.kept[epoch][expert].to(device)
+        weights = self.kept[epoch]
+        if not 0 <= expert < len(weights):
+            raise UsageError(
+                "there is no such expert", where=self.folder, found=expert, expected=f"0 to {len(weights) - 1}"
+            )
+        return weights[expert].to(device)
+
+
+def check_buffer(folder: str | os.PathLike[str], network: nn.Module, training: ExpertTraining) -> None:
+    """Experts on disk are whole, of this architecture, and trained in this way; their seed may differ, and they may be more.
+
+    Args:
+        folder: What `train_experts` wrote.
+        network: The architecture.
+        training: How they are to have been trained.
+
+    Raises:
+        UsageError: They are not.
+    """
+    try:
+        notes = json.loads((Path(folder) / _NOTES).read_text(encoding="utf-8"))
+        before = ExpertTraining(**{**notes["training"], "operations": tuple(notes["training"]["operations"])})
+        structures, shapes = notes.get("structure"), notes["shapes"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError("there are no whole expert trajectories", where=folder, found=error) from None
+    if shapes != _shapes(network) or structures not in (None, structure(network)):
+        raise UsageError(
+            "these experts are of another architecture", where=folder,
+            found=shapes if shapes != _shapes(network) else f"the same shapes, another structure: {structures}",
+            expected=_shapes(network) if shapes != _shapes(network) else structure(network),
+            fix="give the network that they were trained with, or another folder",
+        )  # fmt: skip
+    had, wanted = ({k: v for k, v in asdict(t).items() if k not in ("seed", "count")} for t in (before, training))
+    if other := [name for name in wanted if had[name] != wanted[name]]:
+        raise UsageError(
+            "these experts were trained in another way", where=folder, found={n: had[n] for n in other},
+            expected={n: wanted[n] for n in other}, fix="set the method's fields to theirs, or give another folder",
+        )  # fmt: skip
+    if before.count < training.count:
+        raise UsageError(
+            "there are too few experts", where=folder, found=before.count, expected=f"{training.count} or more",
+            fix=f"method.experts={before.count}, or another folder",
+        )  # fmt: skip
+
+
+def check_buffer_data(folder: str | os.PathLike[str], source: Source) -> None:
+    """Experts on disk, where there are some, were trained on these samples.
+
+    Raises:
+        UsageError: They were trained on others.
+    """
+    if not is_buffer(folder):
+        return
+    found, expected = json.loads((Path(folder) / _NOTES).read_text(encoding="utf-8")).get("data"), source.fingerprint()
+    if found != expected:
+        raise UsageError("these experts were trained on other data", where=folder, found=found, expected=expected)
+
+
+def is_buffer(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds experts that are trained to the end."""
+    return (Path(folder) / _NOTES).is_file()
 
 
 def _epoch(path: Path) -> Tensor:
@@ -149,7 +203,8 @@ def train_experts(
 ) -> dict[str, Any]:
     """Train experts side by side, by `vmap` over their stacked weights, and write the weights after each epoch.
 
-    Killed half-way and called again with the same folder, it goes on after the last whole epoch, to the same bits.
+    Killed half-way and called again with the same folder, it goes on after the last whole epoch, to the same bits. Experts that
+    are there and fit are taken as they are, see `check_buffer`.
 
     Args:
         network: The architecture; without batch normalisation's running statistics.
@@ -158,15 +213,20 @@ def train_experts(
         training: How.
 
     Returns:
-        Plain data: number of experts, of epochs, of parameters, and the last epoch's mean loss.
+        Plain data: number of experts, of epochs, of parameters, and the last epoch's mean loss, or that they were there.
 
     Raises:
         UsageError: The network keeps running statistics, the data have no labels, or the folder has experts that were
             trained in another way or on other data.
     """
     check_network(network)
-    folder = Path(folder)
-    notes = {"shapes": _shapes(network), "training": asdict(training), "data": source.fingerprint()}
+    folder, parameters = Path(folder), sum(p.numel() for p in network.parameters())
+    if is_buffer(folder):
+        check_buffer(folder, network, training)
+        check_buffer_data(folder, source)
+        return {"experts": training.count, "epochs": training.epochs, "parameters": parameters, "reused": True}
+    notes = {"shapes": _shapes(network), "structure": structure(network), "training": asdict(training)}
+    notes["data"] = source.fingerprint()
     _begin(folder, notes)
     done = sorted(folder.glob("epoch-*.safetensors"))
     stacked = _first(network, training) if not done else _state(done[-1], "weights", network)
@@ -177,9 +237,10 @@ def train_experts(
         if not done:
             _write(folder, 0, stacked, None)
         for epoch in range(max(0, len(done) - 1), training.epochs):
-            if epoch == training.epochs // 2 + 1 and training.drop != 1:
+            late = training.epochs // 2 + 1 + training.drop_after
+            if epoch == late and training.drop != 1:
                 speeds = None
-            rate = training.lr * (training.drop if epoch > training.epochs // 2 else 1.0)
+            rate = training.lr * (training.drop if epoch >= late else 1.0)
             total, batches = torch.zeros(training.count), _batches(source, training, epoch)
             for x, seen, y in batches:
                 gradients, losses = step(stacked, x, seen, y, epoch)
@@ -191,7 +252,6 @@ def train_experts(
             loss = total
             _write(folder, epoch + 1, stacked, speeds if training.momentum else None)
     write_text(folder / _NOTES, json.dumps(notes, indent=1) + "\n")
-    parameters = sum(p.numel() for p in network.parameters())
     return {"experts": training.count, "epochs": training.epochs, "parameters": parameters, "loss": float(loss.mean())}
 
 
