@@ -35,7 +35,7 @@ class TrajectoryMatching(Method):
         expert_epochs: M.
         starts: Segments start at epochs 0 to `starts - 1`.
         batch_size: Condensed samples of a step; None for all of them.
-        operations: Augmentations, `("color", "shift", "cutout", "flip", "scale", "rotate")` for DSA.
+        operations: Augmentations: `("dsa",)` for one of DSA's six in each step, its names for all of them in turn.
         step_size: At first.
         step_size_lr: Its own learning rate; 0 keeps it.
         form: `constant` or `full`, the same gradient; `tesla`, the published approximation, where the student has no momentum.
