@@ -268,6 +268,18 @@ def test_bad_fields_and_committees_are_refused():
         CVDD().check(committee(0, 1), Batch(x=torch.rand(2, 4), y=torch.zeros(2)))
 
 
+def test_mosaics_need_four_images_each_before_any_work(monkeypatch):
+    """There are 10 images of each class: enough for two mosaics, not for three."""
+    touched = []
+    monkeypatch.setattr("limbeck.methods.cv_dd.method.mosaics", lambda *given, **how: touched.append(given))
+    with pytest.raises(UsageError, match="too few images for mosaics") as error:
+        recovered(CVDD(), committee(0, 1, each=3))
+    assert ">= 12" in str(error.value)
+    assert not touched
+    monkeypatch.undo()
+    recovered(CVDD(label_epochs=1), committee(0, 1, each=2), steps=1)
+
+
 def test_one_teacher_will_do():
     m = Roles(teacher=network(), student=Condensed(torch.rand(6, 1, 8, 8), torch.arange(6) // 2))
     assert recovered(CVDD(label_epochs=1), m).soft.shape == (1, 6, 3)

@@ -106,6 +106,7 @@ class CVDD(Recovered):
         slots = slots_of(small, self.classes_at_once)
         begun = self.begun(small)
         if self.init == "mosaics":
+            check_patches(data.train, len(small) // small.num_classes)
             made = yield Collect("mosaics", partial(self.mosaics, data.train))
             if made.value is not None:
                 begun = Condensed(made.value.to(small.x), small.y, info=begun.info)
@@ -146,3 +147,21 @@ class CVDD(Recovered):
     def weights(self, m: Roles) -> Tensor:
         """The votes of the whole committee in the labels."""
         return votes(self.known(len(m.teachers)), self.label_vote_temperature)
+
+
+def check_patches(source: Source, images_per_class: int, factor: int = 2) -> None:
+    """Each patch of a mosaic is of another image, so classes have as many.
+
+    Raises:
+        UsageError: A class has fewer.
+    """
+    labels = getattr(source, "labels", None)
+    if type(labels) is not Tensor:  # of a plan
+        return
+    counts, needed = labels.bincount().tolist(), images_per_class * factor**2
+    if short := [c for c, count in enumerate(counts) if 0 < count < needed]:
+        raise UsageError(
+            "a class has too few images for mosaics", where=f"data.train, class {short[0]}", found=counts[short[0]],
+            expected=f">= {needed}, {factor**2} for each of {images_per_class} mosaics",
+            fix="ask for fewer images of each class, or set init to real",
+        )  # fmt: skip
