@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
 from limbeck.core.optim import Optim
 from limbeck.core.roles import Roles
@@ -82,6 +83,16 @@ class TrajectoryMatching(Method):
         """The network's weights are all that it is, and experts are long enough."""
         check_network(m.teacher.module)
         check_following(m, self.following, self.epochs, self.starts)
+
+    def check_data(self, data: Any) -> None:
+        """Experts are trained on all samples, so none may be without value; those that lie on disk are not read for this."""
+        x = getattr(getattr(data, "train", None), "x", None)
+        if type(x) is Tensor and x.is_floating_point() and not bool(x.isfinite().all()):
+            bad = (~x.isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
+            raise UsageError(
+                "the samples hold NaN or infinite values", where="data.train", found=f"{len(bad)} samples, first {bad[0]}",
+                expected="finite numbers", fix="drop or mend them",
+            )  # fmt: skip
 
     def trained(self, m: Roles, data: Any) -> Generator[Stage, Any, Trajectories]:
         """The stage that trains the experts; returns their trajectories."""
