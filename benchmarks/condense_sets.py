@@ -269,7 +269,7 @@ def matched(name: str, world: World, each: int, lr: float) -> Condensed:
         "step_size": 0.02, "step_size_lr": 1e-4, "operations": task.operations, "batch_size": 20,
     }  # fmt: skip
     if name == "ast":
-        strong = {"penalty": 0.05, "norm": "sample", "expert_lr": 0.4 * task.expert_rate}
+        strong = {"penalty": 0.05, "expert_lr": 0.4 * task.expert_rate}
         method: FTD | AST = AST(**same, **strong)
     else:
         method = FTD(**same, expert_lr=task.expert_rate, radius=0.03 if name == "ftd" else 0.0, ema=0.0)

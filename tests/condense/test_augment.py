@@ -6,7 +6,7 @@ import torch
 from limbeck.core.errors import UsageError
 from limbeck.data.augment import DSA, Mixing, Views, augment
 
-ALL = (*DSA, "roll", "crop")
+ALL = (*DSA, "roll", "crop", "dsa")
 
 
 def images(n=6, size=8):
@@ -50,6 +50,47 @@ def test_half_are_flipped():
     x = images(1).expand(2000, -1, -1, -1)
     flipped = (augment(x, torch.arange(2000), ("flip",)) != x).flatten(1).any(1).double().mean()
     assert 0.45 < flipped < 0.55
+
+
+def test_one_of_six_is_drawn_by_the_key():
+    x, keys = images(1).expand(600, -1, -1, -1), torch.arange(600)
+    found = augment(x, keys, ("dsa",))
+    each = {name: augment(x, keys, (name,)) for name in DSA}
+    same = torch.stack([(found - there).flatten(1).abs().amax(1) == 0 for there in each.values()])  # [6, B]
+    assert same.any(0).all()
+    rows, ambiguous = (
+        (found != x).flatten(1).any(1),
+        same.sum(0) > 1,
+    )  # a flip that is none looks like a shift by nothing
+    shares = same[:, rows & ~ambiguous].double().sum(1) / 600
+    assert shares[0] > 0.12
+    assert shares.min() > 0.05  # half of the flips change nothing
+    assert shares.max() < 0.22
+
+
+@pytest.mark.parametrize("key", range(12))
+def test_all_images_of_a_step_see_one_operation(key):
+    x, keys = images(), torch.tensor([key])
+    found = augment(x, keys, ("dsa",))
+    assert any(found.equal(augment(x, keys, (name,))) for name in DSA)
+    assert found.equal(augment(x, keys, ("dsa",)))
+    assert found[2:].equal(augment(x[2:], keys, ("dsa",)))
+
+
+def test_scales_and_shifts_reach_as_far_as_published():
+    """DSA: factors uniform in [1 / 1.2, 1.2], shifts of up to an eighth of the size, rounded."""
+    from limbeck.data.augment import _moved, _scale
+
+    u = torch.tensor([[0.0, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    x = torch.linspace(-1, 1, 32, dtype=torch.float64).expand(2, 1, 32, 32)
+    middle = _scale(x, u)[:, 0, 16, 12:20] / x[:, 0, 16, 12:20]
+    torch.testing.assert_close(middle[0].mean(), torch.tensor(1 / 1.2).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(middle[1].mean(), torch.tensor(1.2).double(), atol=1e-6, rtol=0)
+    for size, reach in ((8, 1), (32, 4), (64, 8), (224, 28)):
+        image = torch.ones(1, 1, size, size)
+        seen = _moved(image, torch.tensor([[0.0, 0.9999, 0.0, 0.0]]), cyclic=False)
+        assert int((seen[0, 0].sum(1) == 0).sum()) == reach
+        assert int((seen[0, 0].sum(0) == 0).sum()) == reach
 
 
 def test_mixing_is_linear_in_targets():

@@ -210,14 +210,14 @@ def test_labels_are_of_the_whole_committee_on_the_batches_that_will_be_seen():
 
 def test_halves_of_a_batch_have_statistics_of_their_own_in_a_run():
     method = CVDD(operations=(), label_batch_size=6, label_epochs=1)
-    whole, halves = (recovered(replace(method, label_parts=parts), committee(0, 1)) for parts in (1, 2))
+    whole, halves = (recovered(replace(method, variant=v), committee(0, 1)) for v in ("paper", "code"))
     assert whole.x.equal(halves.x)
     assert not whole.soft.allclose(halves.soft, atol=1e-3)
     assert ("label_parts" in whole.info, halves.info["label_parts"]) == (False, 2)
 
 
 def test_no_part_of_a_last_batch_is_a_single_sample():
-    small = recovered(CVDD(operations=(), label_batch_size=4, label_epochs=2, label_parts=2), committee(0, 1))
+    small = recovered(CVDD(operations=(), label_batch_size=4, label_epochs=2, variant="code"), committee(0, 1))
     assert len(small) % 4 == 2  # two samples over, of which each part would have one
     assert small.soft.isfinite().all()
     assert small.info["views"]["least"] == 4
@@ -251,7 +251,8 @@ def test_bad_fields_and_committees_are_refused():
     for bad, where in [
         ({"init": "noise"}, "init"), ({"members": 0}, "members"),
         ({"choice": "some"}, "choice"), ({"vote_temperature": 0}, "vote_temperature"),
-        ({"label_vote_temperature": -1}, "label_vote_temperature"), ({"label_parts": 9}, "label_parts"),
+        ({"label_vote_temperature": -1}, "label_vote_temperature"), ({"variant": "both"}, "variant"),
+        ({"label_batch_size": 3, "variant": "code"}, "label_batch_size"),
         ({"classes_at_once": 1}, "classes_at_once"),
     ]:  # fmt: skip
         with pytest.raises(UsageError, match=f"{where} is out of range"):
@@ -265,6 +266,18 @@ def test_bad_fields_and_committees_are_refused():
         CVDD().check(m, batch)
     with pytest.raises(UsageError, match="mosaics are made of images"):
         CVDD().check(committee(0, 1), Batch(x=torch.rand(2, 4), y=torch.zeros(2)))
+
+
+def test_mosaics_need_four_images_each_before_any_work(monkeypatch):
+    """There are 10 images of each class: enough for two mosaics, not for three."""
+    touched = []
+    monkeypatch.setattr("limbeck.methods.cv_dd.method.mosaics", lambda *given, **how: touched.append(given))
+    with pytest.raises(UsageError, match="too few images for mosaics") as error:
+        recovered(CVDD(), committee(0, 1, each=3))
+    assert ">= 12" in str(error.value)
+    assert not touched
+    monkeypatch.undo()
+    recovered(CVDD(label_epochs=1), committee(0, 1, each=2), steps=1)
 
 
 def test_one_teacher_will_do():

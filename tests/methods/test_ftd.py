@@ -147,6 +147,16 @@ def test_fields_out_of_range(fields):
         FTD(**fields)
 
 
+def test_samples_without_value_are_refused_before_experts_are_trained(monkeypatch):
+    bad, trained = source(), []
+    monkeypatch.setattr("limbeck.methods.trajectory_matching.train_experts", lambda *given: trained.append(given))
+    bad.x[7, 2] = torch.nan
+    with pytest.raises(UsageError, match="NaN or infinite") as error:
+        execute(FAST, roles(), Data(train=bad), Engine(steps=1, device="cpu"), optim={"student": Optim("sgd", lr=1.0)})
+    assert "1 samples, first 7" in str(error.value)
+    assert not trained
+
+
 def test_models_that_do_not_fit():
     batch = source().batch(torch.arange(2), 0)
     with pytest.raises(UsageError, match="weights alone"):

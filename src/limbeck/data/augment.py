@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from limbeck.core.errors import UsageError
-from limbeck.data.ids import mix, uniforms
+from limbeck.data.ids import mix, numbers, uniforms
 
 Mix = Literal["none", "mixup", "cutmix"]
 DSA = ("color", "shift", "cutout", "flip", "scale", "rotate")
@@ -25,7 +25,9 @@ def augment(x: Tensor, keys: Tensor, operations: Sequence[str] = ("shift",)) -> 
 
     `flip` left and right by half; `shift` by up to an eighth of the size, zeros coming in; `roll` as much, cyclic; `crop` a part
     of 8 to 100 % of the area, resized; `cutout` a square of half the size; `scale` by up to 1.2 and `rotate` by up to 15
-    degrees; `color` brightness, saturation and contrast, as in differentiable siamese augmentation (Zhao and Bilen 2021).
+    degrees; `color` brightness, saturation and contrast, as in differentiable siamese augmentation (Zhao and Bilen 2021), whose
+    six operations are `DSA`. All in turn are its `aug_mode` M; `dsa` is one of the six, drawn by the key: mode S, which the
+    published codes of DSA, MTT and FTD take.
 
     Args:
         x: Images `[B, C, H, W]`.
@@ -42,14 +44,28 @@ def augment(x: Tensor, keys: Tensor, operations: Sequence[str] = ("shift",)) -> 
         True
     """
     for name in operations:
-        if name not in _OPERATIONS:
-            raise UsageError(
-                "there is no such augmentation", where="augment", found=name, expected=", ".join(_OPERATIONS)
-            )
+        if name not in _OPERATIONS and name != "dsa":
+            known = ", ".join((*_OPERATIONS, "dsa"))
+            raise UsageError("there is no such augmentation", where="augment", found=name, expected=known)
         keys = keys.expand(len(x)) if len(keys) == 1 else keys
-        u = uniforms(mix(keys + zlib.crc32(name.encode())), 4).to(x.device, x.dtype)  # [B, 4]
-        x = _OPERATIONS[name](x, u)
+        x = _one_of_six(x, keys) if name == "dsa" else _done(name, x, keys)
     return x
+
+
+def _done(name: str, x: Tensor, keys: Tensor) -> Tensor:
+    u = uniforms(mix(keys + zlib.crc32(name.encode())), 4).to(x.device, x.dtype)  # [B, 4]
+    return _OPERATIONS[name](x, u)
+
+
+def _one_of_six(x: Tensor, keys: Tensor) -> Tensor:
+    """Each image by the operation that its key draws; those that none draws are not computed."""
+    which = (len(DSA) * uniforms(mix(keys + zlib.crc32(b"dsa")), 1)[:, 0]).long()  # [B]
+    drawn = sorted(set(numbers(which))) if keys.device.type == "cpu" else range(len(DSA))
+    found = x
+    for k in drawn:
+        there = _done(DSA[k], x, keys)
+        found = there if len(drawn) == 1 else torch.where((which == k).to(x.device).view(-1, 1, 1, 1), there, found)
+    return found
 
 
 @dataclass(frozen=True)
@@ -199,7 +215,7 @@ def _affine(x: Tensor, matrix: Tensor, padding: str = "zeros") -> Tensor:
 
 
 def _scale(x: Tensor, u: Tensor) -> Tensor:
-    sizes = 1.2 ** (2 * u[:, :2] - 1)
+    sizes = 1 / 1.2 + (1.2 - 1 / 1.2) * u[:, :2]
     zero = torch.zeros_like(sizes[:, 0])
     rows = [torch.stack([sizes[:, 0], zero, zero], 1), torch.stack([zero, sizes[:, 1], zero], 1)]
     return _affine(x, torch.stack(rows, 1))

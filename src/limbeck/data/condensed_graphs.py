@@ -173,7 +173,7 @@ def train_on_sets(
     network: nn.Module,
     steps: int = 300,
     batch_size: int = 32,
-    sampling: Sampling = "frequency",
+    sampling: Sampling | None = None,
     optim: Optim | None = None,
     seed: int = 0,
 ) -> nn.Module:
@@ -184,7 +184,7 @@ def train_on_sets(
         network: Called as `network(nodes, edges, graph, edge_labels=None, roots=None)`.
         steps: Updates.
         batch_size: Sets of each.
-        sampling: By `frequency` or `uniform`.
+        sampling: By `frequency` or `uniform`; default what `info["sampling"]` says, else by frequency.
         optim: The optimizer; default Adam at 0.01.
         seed: Of the draws.
 
@@ -197,10 +197,11 @@ def train_on_sets(
     if not len(condensed):
         raise UsageError("there is nothing to train on", where="condensed graphs", found="no sets")
     check_readout(network)
+    drawn: Sampling = sampling or condensed.info.get("sampling", "frequency")
     network.train()
     how = optim or Optim("adam", lr=0.01)
     optimizer = how.build(network)
-    for step, (x, y) in enumerate(condensed.batches(steps, batch_size, sampling, seed)):
+    for step, (x, y) in enumerate(condensed.batches(steps, batch_size, drawn, seed)):
         for group in optimizer.param_groups:
             group["lr"] = how.lr * how.factor(step, steps)
         loss = F.cross_entropy(network(**x), y)

@@ -20,6 +20,7 @@ from limbeck.prove import fit, seeded
 from limbeck.teachers.trajectories import ExpertTraining, Segments, Trajectories, train_experts
 
 ITERATIONS, TRAININGS = 250, 3
+INSIDE = "network, steps inside"
 JUDGE = Training(
     steps=300, optim=Optim("sgd", lr=0.05, momentum=0.9, weight_decay=5e-4, schedule="step", milestones=(0.5,))
 )
@@ -51,19 +52,25 @@ def experts(seed: int, training: ExpertTraining) -> Trajectories:
 def condense(
     seed: int, lr: float, method: Any, known: Trajectories, small: Condensed, matching: int
 ) -> tuple[Condensed, Any]:
-    """A set under a method's step: `matching` experts, the given rate of the samples; and the passes."""
+    """A set under a method's step: `matching` experts, the given rate of the samples; and the passes, of steps inside too."""
     m = Roles(teacher=seeded(seed, network), student=small)
     optim = Optim("sgd", lr=lr, momentum=0.5, lr_multipliers={"step_size": method.step_size_lr / lr})
     step = partial(method.follow, known)
     passes = fit(
         step, m, Segments(matching, method.starts), {"student": optim}, steps=ITERATIONS, batch_size=1, seed=seed
     )
-    return small, passes
+    return small, {"student": passes["student"], INSIDE: passes["teacher"]}
 
 
 def unchanged() -> dict[str, Passes]:
-    """The passes of as many iterations that change nothing: real samples need none."""
-    return {"student": Passes(ITERATIONS, ITERATIONS, 0)}
+    """The passes of as many iterations that change nothing: real samples need none, and no steps inside."""
+    return {"student": Passes(ITERATIONS, ITERATIONS, 0), INSIDE: Passes()}
+
+
+def planned(method: Any) -> dict[str, Passes]:
+    """The passes of a trial that ends before its time: those that it had been given."""
+    steps = ITERATIONS * method.student_steps
+    return {"student": Passes(ITERATIONS, ITERATIONS, 0), INSIDE: Passes(steps, steps, 10 * steps)}
 
 
 def begun(seed: int, step_size: float, rows: Tensor | None = None) -> Condensed:
@@ -75,10 +82,11 @@ def begun(seed: int, step_size: float, rows: Tensor | None = None) -> Condensed:
     return Condensed(batch.x, batch.y, step_size=step_size, learn=("x", "step_size"))
 
 
-def judged(seed: int, small: Condensed, split: str) -> float:
-    """The mean accuracy of networks trained on a set from scratch, in per cent."""
+def judged(seed: int, small: Condensed) -> tuple[float, float]:
+    """The mean accuracy in per cent of networks trained on a set from scratch, on validation and test digits."""
     scores = []
     for k in range(TRAININGS):
         trained = train_on(small, fresh(network(), 100 * seed + k), JUDGE, k)
-        scores.append(100 * accuracy(trained, splits(seed)[split]))
-    return sum(scores) / len(scores)
+        scores.append([100 * accuracy(trained, splits(seed)[split]) for split in ("validation", "test")])
+    validation, test = (sum(column) / len(column) for column in zip(*scores, strict=True))
+    return validation, test

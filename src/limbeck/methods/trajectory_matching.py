@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from limbeck.core.batch import Batch
+from limbeck.core.errors import UsageError
 from limbeck.core.method import Method
 from limbeck.core.optim import Optim
 from limbeck.core.roles import Roles
@@ -43,7 +44,7 @@ class TrajectoryMatching(Method):
         expert_epochs: M.
         starts: Segments start at epochs 0 to `starts - 1`.
         batch_size: Condensed samples of a step; None for all of them.
-        operations: Augmentations, `("color", "shift", "cutout", "flip", "scale", "rotate")` for DSA.
+        operations: Augmentations: `("dsa",)` for one of DSA's six in each step, its names for all of them in turn.
         step_size: At first.
         step_size_lr: Its own learning rate; 0 keeps it.
         buffer: A folder of experts. Those of an earlier run with the same network, data and settings are taken, of whatever
@@ -100,6 +101,16 @@ class TrajectoryMatching(Method):
         """Experts of an earlier run are of the same data."""
         if self.buffer is not None:
             check_buffer_data(self.buffer, data.train)
+
+    def check_data(self, data: Any) -> None:
+        """Experts are trained on all samples, so none may be without value; those that lie on disk are not read for this."""
+        x = getattr(getattr(data, "train", None), "x", None)
+        if type(x) is Tensor and x.is_floating_point() and not bool(x.isfinite().all()):
+            bad = (~x.isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
+            raise UsageError(
+                "the samples hold NaN or infinite values", where="data.train", found=f"{len(bad)} samples, first {bad[0]}",
+                expected="finite numbers", fix="drop or mend them",
+            )  # fmt: skip
 
     def trained(self, m: Roles, data: Any) -> Generator[Stage, Any, Trajectories]:
         """The stage that trains the experts; returns their trajectories."""

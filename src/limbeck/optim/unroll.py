@@ -13,6 +13,7 @@ from limbeck.core.errors import UsageError
 
 Form = Literal["full", "constant", "tesla"]
 FORMS = ("full", "constant", "tesla")
+Variant = Literal["paper", "code"]
 Inner = Callable[[Tensor, int, Tensor], Tensor]  # of flat parameters, the step and the data: a loss
 
 
@@ -50,6 +51,7 @@ def unroll(
     momentum: float = 0.0,
     form: Form = "full",
     keep: Sequence[int] = (),
+    variant: Variant = "paper",
 ) -> list[Tensor]:
     """Where `steps` steps of gradient descent lead, differentiable by `data` and `step_size`.
 
@@ -64,9 +66,10 @@ def unroll(
         momentum: Of heavy ball, in [0, 1).
         form: `full` keeps the graph of all steps. `constant` keeps the parameters alone and goes back step by step: the same
             gradient, with the memory of one step's graph. `tesla` leaves out, as the formula of TESLA does, what later
-            parameters owe to earlier data (Cui et al. 2023): the same for one step, else another gradient. Its factor 2,
-            which the published code has lost, is in here: the code is this at half the rate of the data.
+            parameters owe to earlier data (Cui et al. 2023): the same for one step, else another gradient.
         keep: Further steps after which the parameters are wanted.
+        variant: Of `tesla`: `paper` is the derivative that the formula says; `code` gives the data half of it, as the published
+            program doubles a tuple in the place of what is in it, and the step size the whole.
 
     Returns:
         Parameters after each of `keep` and, last, after all steps.
@@ -88,7 +91,8 @@ def unroll(
         )  # fmt: skip
     marks = [*keep, steps]
     if form != "full":
-        ends = _Unrolled.apply(inner, start, data, step_size, steps, momentum, form == "tesla", tuple(marks))
+        share = 0.5 if form == "tesla" and variant == "code" else 1.0
+        ends = _Unrolled.apply(inner, start, data, step_size, steps, momentum, form == "tesla", tuple(marks), share)
         return list(ends)
     w, m, found = start.detach().requires_grad_(), torch.zeros_like(start), {}
     graph = torch.is_grad_enabled()
@@ -111,7 +115,7 @@ class _Unrolled(torch.autograd.Function):
     def forward(
         ctx: Any, inner: Inner, start: Tensor, data: Tensor, step_size: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        steps, momentum, _, marks = rest
+        steps, momentum, _, marks, _ = rest
         w, m = start.detach(), torch.zeros_like(start)
         path, speeds, found = [], [], {}
         for i in range(steps):
@@ -132,7 +136,7 @@ class _Unrolled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        steps, momentum, tesla, marks = ctx.rest
+        steps, momentum, tesla, marks, share = ctx.rest
         data, step_size = ctx.saved_tensors
         arriving = dict(zip(marks, gradients, strict=True))
         pull_w, pull_m = torch.zeros_like(ctx.path[0]), torch.zeros_like(ctx.path[0])
@@ -151,4 +155,4 @@ class _Unrolled(torch.autograd.Function):
             to_data = to_data + (0 if back[0] is None else back[0])
             if not tesla and back[1] is not None:
                 pull_w = pull_w + back[1]
-        return None, None, to_data, to_size, *(None,) * len(ctx.rest)
+        return None, None, share * to_data, to_size, *(None,) * len(ctx.rest)

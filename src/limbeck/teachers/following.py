@@ -19,7 +19,7 @@ from limbeck.data.ids import mix, numbers
 from limbeck.diffusion.draws import Draws
 from limbeck.evaluate.condensation import whole
 from limbeck.losses.trajectory import trajectory_matching
-from limbeck.optim.unroll import Form, call_flat, unroll
+from limbeck.optim.unroll import Form, Variant, call_flat, unroll
 from limbeck.teachers.trajectories import Trajectories
 
 
@@ -34,6 +34,7 @@ class Following:
         operations: Augmentations, one draw for all samples of a step (siamese).
         momentum: Of the student.
         form: How the training is differentiated, see `limbeck.optim.unroll`.
+        variant: Of the form `tesla`, as there.
     """
 
     student_steps: int = 20
@@ -42,6 +43,7 @@ class Following:
     operations: tuple[str, ...] = ()
     momentum: float = 0.0
     form: Form = "constant"
+    variant: Variant = "paper"
 
     def loss(
         self,
@@ -77,7 +79,7 @@ class Following:
         for expert, epoch, key in zip(numbers(batch.expert), numbers(batch.start), keys.split(1), strict=True):
             start = begin(experts(expert, epoch), key)
             inner = self.inner(network, condensed.y, key, scale(epoch))
-            ends = unroll(inner, start, images, size, self.student_steps, self.momentum, self.form, marks)
+            ends = unroll(inner, start, images, size, self.student_steps, self.momentum, self.form, marks, self.variant)
             loss = trajectory_matching(ends[-1], start, experts(expert, epoch + self.expert_epochs))
             for k, weight in enumerate(weights, 1):
                 loss = loss + weight * trajectory_matching(ends[k - 1], start, experts(expert, epoch + k))

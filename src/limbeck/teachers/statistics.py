@@ -108,11 +108,13 @@ class Recovery:
         bn_weight: `r_bn`.
         variance_weight: `r_var`, 1 in SRe2L.
         first: `c_1`.
+        skipped: Numbers of layers, in module order, that do not count.
     """
 
     bn_weight: float = 0.01
     variance_weight: float = 1.0
     first: float = 10.0
+    skipped: tuple[int, ...] = ()
 
     def parts(
         self, role: Role, x: Tensor, y: Tensor, weights: Mapping[str, Tensor] | None = None
@@ -128,7 +130,7 @@ class Recovery:
         layers = batch_norms(role.module, role.name)
         with input_statistics(role.module) as found:
             logits = called(role, x, weights)
-        order = sorted(found)
+        order = [i for i in sorted(found) if i not in self.skipped]
         remembered = [(layers[i].running_mean, layers[i].running_var) for i in order]
         distance = statistics_distance(
             [found[i] for i in order], remembered, variance_weight=self.variance_weight, first=self.first  # type: ignore[arg-type]

@@ -36,15 +36,14 @@ class AST(TrajectoryMatching):
 
     Args:
         penalty: `lambda` of the experts' gradient penalty, 2 in the code; 0 for none.
-        norm: What it is of: `pixel` as in the code, or `sample`, which is meant (inferred); they differ by the root of the
-            number of pixels.
         momentum: Of the student.
         perturbation: `a`: convolution weights start at `W + a (d / ||d||) W`, d normal; 0 for none.
         balanced: Whether the student's loss is scaled by `balance`.
         intermediate: Weights of the distances after 1, ..., M - 1 epochs: `adaptive` (k / M), `agg` (1), or `none`.
         init: Samples to begin with: `medoids`, nearest to the centres of an expert's logits, or `real`, as they are given.
-        variant: Of the medoids: `paper`, as many centres as samples (inferred), or `code`, 10 centres and a tenth of the samples
-            at each.
+        variant: `paper`: as many medoids as samples, and the penalty is of the gradient of a whole sample (both inferred);
+            `code`: 10 centres with a tenth of the samples at each, and the penalty is of each pixel's gradient, larger by about
+            the root of the number of pixels.
 
     Example:
         >>> from limbeck.data.condensed import Condensed
@@ -59,7 +58,6 @@ class AST(TrajectoryMatching):
 
     expert_lr: float = 0.003
     penalty: float = 2.0
-    norm: Literal["sample", "pixel"] = "pixel"
     momentum: float = 0.9
     perturbation: float = 1.0
     balanced: bool = True
@@ -72,6 +70,7 @@ class AST(TrajectoryMatching):
         for name in ("penalty", "perturbation"):
             check_field(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         check_field("momentum", self.momentum, 0 <= self.momentum < 1, "in [0, 1)")
+        check_field("variant", self.variant, self.variant in ("paper", "code"), "paper | code")
         enough = self.intermediate == "none" or self.student_steps >= self.expert_epochs
         check_field(
             "student_steps", self.student_steps, enough, f"{self.expert_epochs} or more, one for each expert epoch"
@@ -80,7 +79,8 @@ class AST(TrajectoryMatching):
     @property
     def expert_training(self) -> ExpertTraining:
         """How experts are trained."""
-        return smoothed(replace(super().expert_training, norm=self.norm), self.penalty)
+        norm: Literal["sample", "pixel"] = "sample" if self.variant == "paper" else "pixel"
+        return smoothed(replace(super().expert_training, norm=norm), self.penalty)
 
     @property
     def following(self) -> Following:

@@ -43,9 +43,9 @@ class CVDD(Recovered):
         choice: `all`: the combinations in turn; `random`: one for each slot; `best`: those with the largest priors.
         vote_temperature: `T` of the images' votes.
         label_vote_temperature: That of the labels'.
-        label_parts: A batch is labelled, and shown to networks that are trained on the set, in so many parts, each with
-            statistics of its own: two halves in the authors' code.
         classes_at_once: Classes of a slot at most; None for all.
+        variant: `paper`: a batch is labelled, and shown to networks that are trained on the set, as it is; `code`: in two
+            halves, each with statistics of its own.
 
     Example:
         >>> import torch
@@ -70,8 +70,8 @@ class CVDD(Recovered):
     choice: Choice = "all"
     vote_temperature: float = 5.0
     label_vote_temperature: float = 10.0
-    label_parts: int = 1
     classes_at_once: int | None = None
+    variant: Literal["paper", "code"] = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,8 +80,9 @@ class CVDD(Recovered):
         check_field("choice", self.choice, self.choice in CHOICES, " | ".join(CHOICES))
         for name in ("vote_temperature", "label_vote_temperature"):
             check_field(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        most = self.label_batch_size // 2
-        check_field("label_parts", self.label_parts, 1 <= self.label_parts <= most, f"1 to {most}, two samples each")
+        check_field("variant", self.variant, self.variant in ("paper", "code"), "paper | code")
+        enough = self.variant == "paper" or self.label_batch_size >= 4
+        check_field("label_batch_size", self.label_batch_size, enough, "4 or more, two samples for each half")
         at_once = self.classes_at_once
         check_field("classes_at_once", at_once, at_once is None or at_once >= 2, "2 or more, or none for all")
 
@@ -105,13 +106,14 @@ class CVDD(Recovered):
         slots = slots_of(small, self.classes_at_once)
         begun = self.begun(small)
         if self.init == "mosaics":
+            check_patches(data.train, len(small) // small.num_classes)
             made = yield Collect("mosaics", partial(self.mosaics, data.train))
             if made.value is not None:
                 begun = Condensed(made.value.to(small.x), small.y, info=begun.info)
         yield Convert("student", Become(begun), name="images to begin with")
         step = partial(self.step, slots)
         yield Train(step, roles={"student": None}, frozen=list(m.teachers), data=slots, name="recover")
-        yield from self.labelled(m, self.label_parts)
+        yield from self.labelled(m, 2 if self.variant == "code" else 1)
 
     def mosaics(self, source: Source, m: Roles, folder: Any) -> Tensor:
         """Patches that the committee knows neither best nor least, as images `[N, C, H, W]` in the order of the set."""
@@ -145,3 +147,21 @@ class CVDD(Recovered):
     def weights(self, m: Roles) -> Tensor:
         """The votes of the whole committee in the labels."""
         return votes(self.known(len(m.teachers)), self.label_vote_temperature)
+
+
+def check_patches(source: Source, images_per_class: int, factor: int = 2) -> None:
+    """Each patch of a mosaic is of another image, so classes have as many.
+
+    Raises:
+        UsageError: A class has fewer.
+    """
+    labels = getattr(source, "labels", None)
+    if type(labels) is not Tensor:  # of a plan
+        return
+    counts, needed = labels.bincount().tolist(), images_per_class * factor**2
+    if short := [c for c, count in enumerate(counts) if 0 < count < needed]:
+        raise UsageError(
+            "a class has too few images for mosaics", where=f"data.train, class {short[0]}", found=counts[short[0]],
+            expected=f">= {needed}, {factor**2} for each of {images_per_class} mosaics",
+            fix="ask for fewer images of each class, or set init to real",
+        )  # fmt: skip

@@ -16,6 +16,8 @@ from limbeck.core.update import Update
 from limbeck.data.condensed import Become
 from limbeck.methods.checks import check_field
 from limbeck.methods.trajectory_matching import TrajectoryMatching
+from limbeck.optim.unroll import Variant
+from limbeck.teachers.following import Following
 from limbeck.teachers.trajectories import ExpertTraining, Segments, Trajectories
 
 
@@ -29,10 +31,12 @@ class FTD(TrajectoryMatching):
 
     Args:
         radius: `rho` of the experts' perturbation.
-        gsam_alpha: `a` of GSAM, 0.4 in the authors' code; 0 is SAM. The paper writes a weight of the sharpness instead, which
-            is 1 for SAM and 0 for plain descent.
-        adaptive: Whether the perturbation is in proportion to the squared weights, as in the code.
+        gsam_alpha: `a` of GSAM in the variant `code`, 0.4 there; 0 is SAM.
+        adaptive: Whether, in the variant `code`, the perturbation is in proportion to the squared weights, as there.
         ema: Decay of the average of the samples that is delivered; 0 delivers the last ones.
+        variant: `code`: experts descend along GSAM's direction, and the form `tesla` gives samples half of its gradient, as the
+            published programs do; their tables and rates belong to it. `paper`: experts descend on the loss plus its
+            sharpness with the text's weight of 1, which is SAM in a ball, and `tesla` is what its formula says.
 
     Example:
         >>> import torch
@@ -50,17 +54,25 @@ class FTD(TrajectoryMatching):
     gsam_alpha: float = 0.4
     adaptive: bool = True
     ema: float = 0.999
+    variant: Variant = "code"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("radius", "gsam_alpha"):
             check_field(name, getattr(self, name), getattr(self, name) >= 0, "0 or more")
         check_field("ema", self.ema, 0 <= self.ema < 1, "in [0, 1)")
+        check_field("variant", self.variant, self.variant in ("paper", "code"), "paper | code")
 
     @property
     def expert_training(self) -> ExpertTraining:
         """How experts are trained."""
-        return replace(super().expert_training, radius=self.radius, gsam_alpha=self.gsam_alpha, adaptive=self.adaptive)
+        alpha, adaptive = (self.gsam_alpha, self.adaptive) if self.variant == "code" else (0.0, False)
+        return replace(super().expert_training, radius=self.radius, gsam_alpha=alpha, adaptive=adaptive)
+
+    @property
+    def following(self) -> Following:
+        """How the student follows them."""
+        return replace(super().following, variant=self.variant)
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
         """Experts, then the samples."""

@@ -11,10 +11,10 @@ from limbeck.optim.unroll import unroll
 from limbeck.prove import Arm, Comparison, Proof, Trial, seeded
 from limbeck.teachers.trajectories import Trajectories
 
-MATCHED, RATES, SEGMENTS = 4, (0.05, 0.15, 0.5, 2.0), 5
+MATCHED, RATES, SEGMENTS = 4, (0.15, 0.5, 1.0, 2.0, 4.0, 8.0), 5
 BASE = FTD(
     radius=0.0, experts=6, epochs=14, expert_lr=0.05, expert_batch_size=64, student_steps=10, starts=10, step_size=0.02,
-    step_size_lr=1e-4, ema=0.0,
+    step_size_lr=1e-4, ema=0.0, form="full",
 )  # fmt: skip
 FLAT = FTD(**{**vars(BASE), "radius": 0.03})
 
@@ -42,7 +42,7 @@ def run(method: FTD, matched: bool, seed: int, lr: float) -> Trial:
         small, passes = condense(seed, lr, method, known, small, MATCHED)
     else:
         assert small.step_size is not None
-        small.step_size.data *= lr / RATES[2]
+        small.step_size.data *= lr / RATES[1]
     validation, test = (accumulated(method, known, small, expert) for expert in (4, 5))
     return Trial(validation, test, passes)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -18,7 +18,9 @@ from limbeck.data.augment import Mix
 from limbeck.data.condensed import Become, Condensed
 from limbeck.data.ids import numbers
 from limbeck.data.slots import Slots, slots_of
+from limbeck.methods.checks import check_field
 from limbeck.methods.recovery import Recovered, total
+from limbeck.teachers.statistics import Recovery
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class INFER(Recovered):
 
     u itself is free, as in the authors' code: only sums are clipped, where they are made.
 
+    Args:
+        variant: `paper`: all layers of batch normalisation count; `code`: the second one of the third network does not, which
+            the authors' program for CIFAR leaves out without a word.
+
     Example:
         >>> nets = {f"teacher_{i}": torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2)) for i in range(2)}
         >>> small = Condensed(torch.rand(8, 4), torch.arange(8) // 4)
@@ -52,6 +58,15 @@ class INFER(Recovered):
     mixing: Mix = "mixup"
     alpha: float = 0.8
     temperature: float = 30.0
+    variant: Literal["paper", "code"] = "paper"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_field("variant", self.variant, self.variant in ("paper", "code"), "paper | code")
+
+    def recovery_of(self, k: int) -> Recovery:
+        """What the compensators of the k-th network learn by."""
+        return Recovery(self.bn_weight, skipped=(1,) if self.variant == "code" and k == 2 else ())
 
     def check(self, m: Roles, batch: Batch) -> None:
         """As the base class, and the budget is enough for one image of each class and its compensators."""
@@ -106,7 +121,7 @@ class INFER(Recovered):
             slot, k = divmod(unit, slots.units)
             rows = slots.rows[slot]
             x = self.view(m, batch, i, small.x[rows] + small.compensators[unit])
-            losses.append(self.recovery(roles[k], x, small.y[rows]))
+            losses.append(self.recovery_of(k)(roles[k], x, small.y[rows]))
         return Update("student", total(losses, small, len(slots)))
 
     def after_update(self, m: Roles, role: str) -> None:

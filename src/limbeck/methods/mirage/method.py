@@ -6,7 +6,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
@@ -36,6 +36,9 @@ class Mirage(Method):
         shared: Whether sets that are frequent in several classes are kept, as the paper does; some of the authors' scripts drop
             them.
         limit: Of the number of sets of a class.
+        variant: `paper`: sets are drawn by how often they occur; `code`: trees of one node are dropped, and trainings on the sets
+            take all of them alike unless told otherwise, as the authors' loader draws by frequency and then overwrites the draw.
+            Whether shared sets are kept differs among the authors' own programs, so it stays `shared`.
 
     Example:
         >>> from limbeck.data.graphs import motifs
@@ -56,10 +59,12 @@ class Mirage(Method):
     maximal: bool = False
     shared: bool = True
     limit: int = 10_000
+    variant: Literal["paper", "code"] = "paper"
 
     def __post_init__(self) -> None:
         for name in ("depth", "limit"):
             check_field(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        check_field("variant", self.variant, self.variant in ("paper", "code"), "paper | code")
         for t in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
             check_field("threshold", t, t > 0 and (t < 1 or t == int(t)), "a share below 1, or a whole number")
 
@@ -93,7 +98,7 @@ class Mirage(Method):
         """
         trees = Trees()
         seen = transactions(source.graphs, self.depth, trees)
-        if not self.single_trees:
+        if not self.single_trees or self.variant == "code":
             seen = [frozenset(c for c in items if trees.keys[c][2]) for items in seen]
         labels, found = source.labels.tolist(), {}
         for c, threshold in self._thresholds(sorted(set(labels))).items():
@@ -115,6 +120,8 @@ class Mirage(Method):
                     fix="lower the threshold, or keep shared sets",
                 )  # fmt: skip
         info = {"depth": self.depth, "threshold": self.threshold, "graphs": len(source)}
+        if self.variant == "code":
+            info["sampling"] = "uniform"
         return CondensedGraphs.of(found, trees, info)
 
     def _thresholds(self, classes: list[int]) -> dict[int, float]:
