@@ -98,12 +98,10 @@ class TrajectoryMatching(Method):
             check_buffer(self.buffer, whole(m.teacher, m.teacher.module), self.expert_training)
 
     def check_data(self, data: Any) -> None:
-        """Experts of an earlier run are of the same data."""
-        if self.buffer is not None:
-            check_buffer_data(self.buffer, data.train)
+        """Experts are trained on all samples, so none may be without value; those of an earlier run are of the same samples.
 
-    def check_data(self, data: Any) -> None:
-        """Experts are trained on all samples, so none may be without value; those that lie on disk are not read for this."""
+        Samples that lie on disk are not read for this.
+        """
         x = getattr(getattr(data, "train", None), "x", None)
         if type(x) is Tensor and x.is_floating_point() and not bool(x.isfinite().all()):
             bad = (~x.isfinite()).reshape(len(x), -1).any(1).nonzero().flatten().tolist()
@@ -111,6 +109,8 @@ class TrajectoryMatching(Method):
                 "the samples hold NaN or infinite values", where="data.train", found=f"{len(bad)} samples, first {bad[0]}",
                 expected="finite numbers", fix="drop or mend them",
             )  # fmt: skip
+        if self.buffer is not None:
+            check_buffer_data(self.buffer, data.train)
 
     def trained(self, m: Roles, data: Any) -> Generator[Stage, Any, Trajectories]:
         """The stage that trains the experts; returns their trajectories."""
