@@ -85,7 +85,7 @@ class Schedule:
         """
         alpha, sigma = self.factors(t, z)
         last = (t >= self.last).view(sigma.shape).to(z.device)
-        return torch.where(last, torch.hypot(alpha, sigma), sigma).to(z.dtype) * z
+        return torch.where(last, (alpha**2 + sigma**2).sqrt(), sigma).to(z.dtype) * z
 
     def convert(self, value: Tensor, x_t: Tensor, t: Tensor, of: Prediction, to: Prediction) -> Tensor:
         """One prediction as another.
