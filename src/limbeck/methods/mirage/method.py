@@ -119,7 +119,7 @@ class Mirage(Method):
                     "a class has no frequent set of its own", where="method.shared", found=f"class {bare[0]}",
                     fix="lower the threshold, or keep shared sets",
                 )  # fmt: skip
-        info = {"depth": self.depth, "threshold": self.threshold, "graphs": len(source)}
+        info: dict[str, Any] = {"depth": self.depth, "threshold": self.threshold, "graphs": len(source)}
         if self.variant == "code":
             info["sampling"] = "uniform"
         return CondensedGraphs.of(found, trees, info)
