@@ -42,8 +42,8 @@ class AST(TrajectoryMatching):
         intermediate: Weights of the distances after 1, ..., M - 1 epochs: `adaptive` (k / M), `agg` (1), or `none`.
         init: Samples to begin with: `medoids`, nearest to the centres of an expert's logits, or `real`, as they are given.
         variant: `paper`: as many medoids as samples, and the penalty is of the gradient of a whole sample (both inferred);
-            `code`: 10 centres with a tenth of the samples at each, and the penalty is of each pixel's gradient, larger by about
-            the root of the number of pixels.
+            `code`: 10 centres with a tenth of the samples at each, the penalty is of each pixel's gradient, larger by about the
+            root of the number of pixels, and the experts' rate drops an epoch later.
 
     Example:
         >>> from limbeck.data.condensed import Condensed
@@ -80,7 +80,9 @@ class AST(TrajectoryMatching):
     def expert_training(self) -> ExpertTraining:
         """How experts are trained."""
         norm: Literal["sample", "pixel"] = "sample" if self.variant == "paper" else "pixel"
-        return smoothed(replace(super().expert_training, norm=norm), self.penalty)
+        return smoothed(
+            replace(super().expert_training, norm=norm, drop_after=int(self.variant == "code")), self.penalty
+        )
 
     @property
     def following(self) -> Following:

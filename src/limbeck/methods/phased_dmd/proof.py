@@ -80,6 +80,7 @@ PROOF = Proof(
         "one phase, two experts": Arm(partial(alone, replace(METHOD, phases=1)), "lr", RATES),
         "biased target": Arm(partial(phased, replace(METHOD, target="biased")), "lr", RATES),
         "disjoint intervals": Arm(partial(phased, replace(METHOD, nested=False)), "lr", RATES),
+        "weight kl": Arm(partial(phased, replace(METHOD, weight="kl")), "lr", RATES),
         "phased_dmd": Arm(partial(phased, METHOD), "lr", RATES),
     },
     comparisons=[
@@ -87,6 +88,7 @@ PROOF = Proof(
         Comparison("phased_dmd", "one step", asserted=False),
         Comparison("phased_dmd", "biased target", asserted=False),
         Comparison("phased_dmd", "disjoint intervals", asserted=False),
+        Comparison("phased_dmd", "weight kl", asserted=False),
     ],
     better="lower",
     budget="updates",
