@@ -42,7 +42,7 @@ def vit():
 """
 EXPERTS = {"method.experts": 2, "method.epochs": 4, "method.starts": 2, "method.student_steps": 3}
 SMALL: dict[str, dict[str, Any]] = {
-    "ast-cifar10": {"teacher": "convnet", "student": "condensed:2"} | EXPERTS,
+    "ast-cifar10": {"teacher": "convnet", "student": "condensed:10"} | EXPERTS,
     "ftd-cifar10": {"teacher": "convnet", "student": "condensed:2"} | EXPERTS,
     "deps-mobilenetv3": {"student": "mobilenet", "engine.steps": 4},
     "deps-resnet50": {"student": "resnet", "engine.steps": 4},
@@ -88,7 +88,7 @@ TEXTS = {
 }
 
 
-def images(folder: Path, classes: int = 5, each: int = 8) -> Path:
+def images(folder: Path, classes: int = 5, each: int = 10) -> Path:
     """Noise in class folders, and a pool of as many images without labels."""
     from PIL import Image
 
