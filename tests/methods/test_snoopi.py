@@ -236,6 +236,29 @@ def test_whole_models_of_diffusers(kind):
     assert [p.processor for p in model.modules() if hasattr(p, "processor")] == processors  # and all is put back
 
 
+@pytest.mark.parametrize("kind", ["unet", "pixart"])
+def test_what_is_computed_again_for_the_gradient_is_led_away_too(kind):
+    model, call = seeded(0, lambda: small(kind))
+    model.train()
+    text, found = heads(1, 2, 5, 12), []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.enable_gradient_checkpointing()
+        functions = [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()]
+        negative = heads(2, 2, 3, 12).requires_grad_()
+        with away(model, negative, 0.5):
+            x = call(text)
+        assert [getattr(part, "_gradient_checkpointing_func", None) for part in model.modules()] == functions
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        slopes = torch.autograd.grad(
+            x.square().sum(), [negative, *leaves], allow_unused=True
+        )  # outside, as the engine does
+        found.append([x, *(slope for slope in slopes if slope is not None)])
+    assert found[0][1].any()
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
 def test_processors_come_back_after_an_error():
     attn = layer()
     before = attn.processor

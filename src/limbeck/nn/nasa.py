@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -124,7 +125,7 @@ def away(model: nn.Module, negative: Tensor, scale: Scale, mask: Tensor | None =
 
     The model is any that attends to a text by layers of diffusers, such as `UNet2DConditionModel` or `PixArtTransformer2DModel`,
     of one step or of few; nothing is trained and nothing of it changes. A projection of texts that it has (`caption_projection`)
-    is applied to the negative text too. Checkpointed activations are computed again outside, so they do not go with it.
+    is applied to the negative text too. What gradient checkpointing computes again, later and outside, is computed as inside.
 
     Args:
         model: The model, or one that holds it.
@@ -145,6 +146,21 @@ def away(model: nn.Module, negative: Tensor, scale: Scale, mask: Tensor | None =
         )  # fmt: skip
     project: Any = next((p.caption_projection for p in model.modules() if getattr(p, "caption_projection", None)), None)
     processor = AwayProcessor(negative if project is None else project(negative), scale, mask)
+    blocks: list[Any] = [part for part in model.modules() if getattr(part, "_gradient_checkpointing_func", None)]
+    functions = [block._gradient_checkpointing_func for block in blocks]
+    try:
+        for block, function in zip(blocks, functions, strict=True):
+            block._gradient_checkpointing_func = partial(_checkpointed, function, layers, processor)
+        with _processed(layers, processor):
+            yield
+    finally:
+        for block, function in zip(blocks, functions, strict=True):
+            block._gradient_checkpointing_func = function
+
+
+@contextmanager
+def _processed(layers: Sequence[Any], processor: AwayProcessor) -> Iterator[None]:
+    """Inside, all layers have this processor."""
     before = [layer.processor for layer in layers]
     try:
         for layer in layers:
@@ -153,3 +169,19 @@ def away(model: nn.Module, negative: Tensor, scale: Scale, mask: Tensor | None =
     finally:
         for layer, old in zip(layers, before, strict=True):
             layer.set_processor(old)
+
+
+def _checkpointed(
+    checkpoint: Callable[..., Any],
+    layers: Sequence[Any],
+    processor: AwayProcessor,
+    block: Callable[..., Any],
+    *args: Any,
+) -> Any:
+    """A block under checkpointing, which has the processor in the backward pass too."""
+
+    def again(*args: Any) -> Any:
+        with _processed(layers, processor):
+            return block(*args)
+
+    return checkpoint(again, *args)
