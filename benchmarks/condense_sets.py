@@ -274,7 +274,9 @@ def matched(name: str, world: World, each: int, lr: float) -> Condensed:
     else:
         method = FTD(**same, expert_lr=task.expert_rate, radius=0.03 if name == "ftd" else 0.0, ema=0.0)
     kind = following(method)
-    training = replace(method.expert_training, norm="pixel")  # of the penalty, where there is one, as in the authors' code
+    training = replace(
+        method.expert_training, norm="pixel"
+    )  # of the penalty, where there is one, as in the authors' code
     kind.known = world.experts(f"experts-{name}", training)
     small = world.run(kind(**vars(method)), real(world, each), lr, seeded(world.seed, task.convnet))
     return Condensed(small.x, small.y, info=small.info)
