@@ -78,6 +78,8 @@ def test_experts_by_time_and_by_class():
     assert by_time.route(torch.tensor([1.0, 0.61, 0.6, 0.0])).tolist() == [0, 0, 1, 1]
     by_class = Experts([network(0), network(1)], owners=(1, 0, 1, 0))
     assert by_class.route(torch.ones(5), torch.tensor([0, 1, 2, 3, 4])).tolist() == [1, 0, 1, 0, 0]
+    with pytest.raises(UsageError, match="know no embeddings"):
+        by_class.route(torch.ones(5), torch.ones(5, 3))
 
 
 def test_they_come_back_from_a_folder(tmp_path):

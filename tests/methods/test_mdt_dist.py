@@ -120,6 +120,17 @@ def test_half_precision_is_subtracted_in_full():
     assert total_derivative(f, x, t, torch.zeros(1, 1)).dtype == torch.float32
 
 
+def test_differences_are_not_of_numbers_in_half_precision():
+    net = torch.nn.Linear(3, 2)
+    x, t, v = torch.randn(4, 3), torch.full((4,), 0.6), torch.randn(4, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        slope = total_derivative(lambda x, t: net(x), x, t, v, value=net(x))
+        slope_ = total_derivative(lambda x, t: net(x), x.bfloat16(), t, v.bfloat16())
+    exact = (v @ net.weight.T).detach()
+    torch.testing.assert_close(slope, exact, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(slope_, exact, rtol=2e-2, atol=1e-2)
+
+
 def test_bounded_derivatives_keep_their_direction_and_are_shorter_than_one():
     d = torch.randn(5, 2, 3) * torch.tensor([0.0, 0.01, 1.0, 10.0, 1e4]).view(-1, 1, 1)
     found = bounded(d)

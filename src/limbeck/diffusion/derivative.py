@@ -32,7 +32,7 @@ def total_derivative(
         how: `difference`, `(f(x_t, t) - f(x_t - v dt, t - dt)) / dt`, at fp32 or wider; or `jvp`, exact, by forward-mode
             differentiation, which not every attention kernel has.
         dt: Of the difference.
-        value: `f(x_t, t)`, where it is known already.
+        value: `f(x_t, t)`, where it is known already; under autocast both values are computed without it, at full precision.
 
     Example:
         >>> x, t = torch.tensor([[3.0]]), torch.tensor([0.5])
@@ -42,8 +42,11 @@ def total_derivative(
     if how == "jvp":
         found: Tensor = torch.func.jvp(f, (x_t, t), (velocity.to(x_t.dtype), torch.ones_like(t)))[1]
         return found.detach()
-    value = f(x_t, t) if value is None else value
-    before = f(x_t - dt * velocity, t - dt)
+    if torch.is_autocast_enabled(x_t.device.type):  # a small difference of numbers in half precision is rounding
+        x_t, value = x_t.float(), None
+    with torch.autocast(x_t.device.type, enabled=False):
+        value = f(x_t, t) if value is None else value
+        before = f(x_t - dt * velocity.to(x_t.dtype), t - dt)
     wide = torch.promote_types(value.dtype, torch.float32)
     return (value.detach().to(wide) - before.to(wide)) / dt
 

@@ -137,11 +137,20 @@ class Experts(nn.Module):
         return first.null_like(condition)
 
     def route(self, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """Which expert answers each sample `[B]`, for times and conditions `[B]`."""
+        """Which expert answers each sample `[B]`, for times and conditions `[B]`.
+
+        Raises:
+            UsageError: Experts have classes of their own, and conditions are no class numbers.
+        """
         if self.bounds is not None:
             return (t[:, None] <= self.bounds.to(t)).sum(1)
         assert self.owners is not None
-        if condition is None or condition.ndim != 1:
+        if condition is not None and condition.ndim != 1:
+            raise UsageError(
+                "experts by class know no embeddings", where="condition", found=list(condition.shape),
+                expected="class numbers [B]", fix="give experts bounds in time, or class numbers as conditions",
+            )  # fmt: skip
+        if condition is None:
             return torch.zeros(len(t), dtype=torch.int64, device=t.device)
         inside = condition < len(self.owners)
         return torch.where(inside, self.owners[condition.clamp(max=len(self.owners) - 1)], 0)
