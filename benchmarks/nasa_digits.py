@@ -120,12 +120,12 @@ def judged(student: Denoiser, seed: int, kind: str, how: str, scale: float, coun
     test = judge().body(whole(digits()[2]).x)
     numbers = {"named": found == other, "left": found == y}
     shares = {name: 100 * float(v.double().mean()) for name, v in numbers.items()}
-    return {**({} if kind == "pair" else {"named": shares["named"]}), **(shares if kind == "pair" else {}),
-            "frechet": float(frechet_distance(features, test))}  # fmt: skip
+    return {**shares, "frechet": float(frechet_distance(features, test))}
 
 
 def main() -> None:
     args = options(__doc__ or "", seeds=3, steps=300)
+    judge()
     teacher = seeded(0, network)
     optim = {"student": Optim("adam", lr=2e-3, schedule="cosine", warmup=100)}
     fit(denoise, Roles(student=teacher), digits()[0], optim, steps=2500, batch_size=BATCH)
