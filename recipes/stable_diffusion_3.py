@@ -83,7 +83,7 @@ def main() -> None:
     @torch.no_grad()
     def encoded(prompt: str) -> Tensor:
         tokens, _, pooled, _ = pipeline.encode_prompt(prompt, None, None, do_classifier_free_guidance=False)
-        first = nn.functional.pad(pooled, (0, WIDTH - POOLED))
+        first = nn.functional.pad(pooled, (0, tokens.shape[-1] - pooled.shape[-1]))
         return torch.cat([first[:, None], tokens], 1)[0].cpu()
 
     latents = []
@@ -96,8 +96,9 @@ def main() -> None:
         latents.append((found - vae.config.shift_factor) * vae.config.scaling_factor)
     HERE.mkdir(exist_ok=True)
     prompts = torch.stack([encoded(caption) for caption in rows["caption"]])
-    save_file({"latents": torch.cat(latents), "prompts": prompts}, HERE / "sd3-images.safetensors")
-    model = denoiser(Prompted(pipeline.transformer.float()), encoded("").float())
+    save_file({"latents": torch.cat(latents).contiguous(), "prompts": prompts}, HERE / "sd3-images.safetensors")
+    net = pipeline.transformer.float()
+    model = denoiser(Prompted(net, net.config.pooled_projection_dim), encoded("").float())
     model.check_scheduler(pipeline.scheduler)
     save(model, HERE / "sd3-medium.safetensors")
 

@@ -5,8 +5,8 @@
 fetches the published weights and writes `weights/modelscope.safetensors`, and with the networks that the discriminator sees by
 `weights/modelscope-teacher.safetensors`, beside this file. `weights/clips.safetensors` is to hold
 `latents` `[N, 4, T, 32, 32]` of clips, of 16 frames of 256 x 256 pixels each, and `text` `[N, 77, 1024]`, what the model's text
-encoder makes of their captions; `weights/images.safetensors` the `latents` `[M, 4, 32, 32]` of better images. Latents are
-those of the model's own VAE, times its scaling factor.
+encoder makes of their captions: `encoded` makes both. `weights/images.safetensors` is to hold the `latents` `[M, 4, 32, 32]` of
+better images, as clips of one frame without that axis. Latents are those of the model's own VAE, times its scaling factor.
 """
 
 import warnings
@@ -79,6 +79,17 @@ def _tensors(name: str, count: int, shape: tuple[int, ...]) -> tuple[Tensor, Ten
     warnings.warn(f"weights/{name}.safetensors is not there: noise is taken", stacklevel=2)
     g = torch.Generator().manual_seed(0)
     return torch.randn(count, *shape, generator=g), torch.randn(count, 77, 1024, generator=g)
+
+
+@torch.no_grad()
+def encoded(pipeline: Any, clips: Tensor, captions: list[str]) -> dict[str, Tensor]:
+    """Latents `[N, 4, T, H / 8, W / 8]` of clips `[N, 3, T, H, W]` in [-1, 1], and what is made of their captions."""
+    frames = clips.movedim(2, 1)  # [N, T, 3, H, W]
+    found = [pipeline.vae.encode(clip).latent_dist.mean * pipeline.vae.config.scaling_factor for clip in frames]
+    options = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}
+    tokens = pipeline.tokenizer(captions, **options).input_ids
+    latents = torch.stack(found).movedim(1, 2).contiguous()
+    return {"latents": latents, "text": pipeline.text_encoder(tokens).last_hidden_state}
 
 
 def main() -> None:

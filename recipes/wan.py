@@ -9,6 +9,7 @@ file. The text encoder (UMT5, 5.7 B parameters) runs there, once for each prompt
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -61,7 +62,8 @@ def main() -> None:
     pipeline = WanPipeline.from_pretrained(NAME, torch_dtype=torch.bfloat16)
     lines = [line for line in Path(sys.argv[1]).read_text(encoding="utf-8").splitlines() if line.strip()]
     with torch.no_grad():
-        found = [pipeline.encode_prompt(line, do_classifier_free_guidance=False)[0][0].cpu() for line in ["", *lines]]
+        told: dict[str, Any] = {"do_classifier_free_guidance": False, "max_sequence_length": LENGTH}
+        found = [pipeline.encode_prompt(line, **told)[0][0].cpu() for line in ["", *lines]]
     HERE.mkdir(exist_ok=True)
     save_file({"prompts": torch.stack(found[1:])}, HERE / "wan21-prompts.safetensors")
     model = denoiser(pipeline.transformer.float(), found[0].float())

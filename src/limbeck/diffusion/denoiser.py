@@ -112,6 +112,10 @@ class Denoiser(nn.Module):
     def _raw(self, x: Tensor, time: Tensor, condition: Tensor | None) -> Tensor:
         if condition is None and self.null is not None:
             condition = self.null.expand(len(x), *self.null.shape)
+        if condition is not None and condition.is_floating_point():
+            condition = condition.to(
+                x.dtype
+            )  # embeddings are kept as the text encoder gave them, often in half precision
         if condition is None:
             found = self.net(x, time)
         elif self.keyword is None:
