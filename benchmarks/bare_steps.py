@@ -122,7 +122,8 @@ class Trainer:
     """Networks, and an optimizer for each that learns; their parameters need a gradient only while they do."""
 
     def __init__(self, nets: Mapping[str, nn.Module], learning: tuple[str, ...], rate: float) -> None:
-        self.params = {name: list(nets[name].parameters()) for name in learning}
+        kept = {id(p) for p in nets["teacher"].parameters()}  # adapters learn on weights that are the teacher's
+        self.params = {name: [p for p in nets[name].parameters() if id(p) not in kept] for name in learning}
         self.adam = {name: torch.optim.Adam(params, lr=rate, fused=True) for name, params in self.params.items()}
         self.hold(*learning)
 
@@ -154,6 +155,62 @@ def swiftbrush(nets: Any, go: Trainer, batch: Batch, drawn: tuple[int, int]) -> 
         go.learn("student", moved(x, gap))
         go.free("fake")
         go.learn("fake", denoising(fake, x, y))
+
+    return step
+
+
+def vsd(nets: Any, go: Trainer, batch: Batch, drawn: tuple[int, int]) -> Step:
+    """Its student is a generator here; what follows it is not guided."""
+    teacher, student, fake = (unwrap(nets[name]) for name in ("teacher", "student", "fake"))
+    z, y = batch.x, batch.y
+
+    def step() -> None:
+        go.free("student")
+        x = x_0(student, z, torch.ones(len(z)), y)
+        with torch.no_grad():
+            x_t, t = noisy(x)
+            gap = wide((1 - t) * t, x) * (x_0(fake, x_t, t, y) - guided(teacher, x_t, t, y))
+        go.learn("student", moved(x, gap) * x[0].numel())
+        go.free("fake")
+        go.learn("fake", denoising(fake, x, y) * x[0].numel())
+
+    return step
+
+
+def diversity(nets: Any, go: Trainer, batch: Batch, drawn: tuple[int, int]) -> Step:
+    """Of language models: `drawn` are the samples of a prompt and their tokens; vectors are the teacher's embeddings."""
+    teacher, student = nets["teacher"], nets["student"]
+    n, length = drawn
+    prompt, negative = (x["input_ids"].repeat_interleave(n, 0) for x in (batch.x, batch.negative))
+
+    @torch.no_grad()
+    def sampled() -> Tensor:
+        found, ids, cache = [], prompt, None
+        for _ in range(length):
+            output = student(input_ids=ids, cache=cache, use_cache=True)
+            ids, cache = torch.multinomial(output.logits[:, -1].softmax(-1), 1), output.cache
+            found.append(ids)
+        return torch.cat(found, 1)
+
+    def said(net: Any, before: Tensor, tokens: Tensor) -> Tensor:
+        logits = net(input_ids=torch.cat([before, tokens], 1)).logits
+        return logits[:, before.shape[1] - 1 : -1].log_softmax(-1)
+
+    def step() -> None:
+        go.free("student")
+        student.eval()
+        tokens = sampled()
+        student.train()
+        own = said(student, prompt, tokens)
+        with torch.no_grad():
+            plain, away = said(teacher, prompt, tokens), said(teacher, negative, tokens)
+            target = (away + GUIDANCE * (plain - away)).log_softmax(-1)
+            v = F.normalize(teacher.get_input_embeddings()(tokens).mean(1), dim=-1).view(-1, n, teacher.config.n_embd)
+            each = (1 - v @ v.mT).sum(-1)
+            weights = 2 / n * (each / (n - 1) - (each.sum(1, keepdim=True) - 2 * each) / ((n - 1) * (n - 2)))
+        gap = (own.exp() * (own - target)).sum((1, 2)).mean()
+        chosen = own.gather(-1, tokens[..., None]).sum((1, 2)).view(-1, n)
+        go.learn("student", gap - 15 * (weights * chosen).sum(1).mean())
 
     return step
 
@@ -347,6 +404,8 @@ def mcm(nets: Any, go: Trainer, batch: Batch, drawn: tuple[int, int]) -> Step:
 
 STEPS: dict[str, Callable[[Any, Trainer, Batch, tuple[int, int]], Step]] = {
     "swiftbrush": swiftbrush,
+    "vsd": vsd,
+    "diversity_cfg": diversity,
     "sid": sid,
     "sid, guided": sid_guided,
     "sid, discriminator": sid_discriminator,

@@ -5,6 +5,7 @@
 - CPU time and peak memory of the engine's step over those of a bare loop with the same networks, batch, updates and optimizers: a
   small UNet2DModel and a small DiT of diffusers, 8 images of 16 pixels (for MCM 2 clips of 4), 4 classes, a rectified flow, Adam.
   The bare steps are in `bare_steps.py`; there the parameters of a role need a gradient only while it learns.
+- The same for `diversity_cfg`, on a GPT-2 of 3.4 million parameters: 4 prompts of 8 tokens, 4 samples of 16 tokens each.
 - SwiftBrush's step with gradient checkpointing and in bf16, over the plain one.
 
 Times are of the process's CPU, on one thread; what is compared takes turns. Memory is what a step holds at its peak beyond what
@@ -21,16 +22,19 @@ from typing import Any
 import torch
 from bare_steps import CLASSES, Frames, Labelled, bare_step
 from condense_speed import peak
-from constructed import ratios, turns
+from constructed import language_model, ratios, turns
 from measuring import machine, options, report, spread
 from torch import Tensor, nn
 
 from limbeck import Batch, Engine, Method, Optim, Roles
+from limbeck.core.source import Source
 from limbeck.data import Data, TensorSource
+from limbeck.data.language import Prompts
 from limbeck.diffusion import Denoiser, Draws, RectifiedFlow
 from limbeck.engine.runtime import Plain
 from limbeck.engine.updater import Updater
 from limbeck.methods.disback.method import DisBack
+from limbeck.methods.diversity_cfg.method import DiversityCFG
 from limbeck.methods.mcm.method import MCM
 from limbeck.methods.mdt_dist.method import MDTDist
 from limbeck.methods.msd.method import MSD
@@ -38,6 +42,7 @@ from limbeck.methods.phased_dmd.method import PhasedDMD
 from limbeck.methods.sid.method import SiD
 from limbeck.methods.snoopi.method import SNOOPI
 from limbeck.methods.swiftbrush.method import SwiftBrush
+from limbeck.methods.vsd.method import VSD
 from limbeck.plan.program import prepare_roles, training_stages
 from limbeck.prove import seeded
 
@@ -85,6 +90,8 @@ class Case:
 
 CASES = {
     "swiftbrush": Case(lambda _: SwiftBrush(), "swiftbrush"),
+    "swiftbrush, adapters": Case(lambda _: SwiftBrush(fake_rank=8), "swiftbrush"),
+    "vsd": Case(lambda _: VSD(), "vsd"),
     "snoopi": Case(lambda _: SNOOPI(), "swiftbrush"),
     "sid": Case(lambda _: SiD(), "sid"),
     "sid, guided": Case(lambda _: SiD(guidance=4.5), "sid, guided"),
@@ -96,6 +103,19 @@ CASES = {
     "mdt_dist": Case(lambda _: MDTDist(), "mdt_dist"),
     "mcm": Case(lambda _: MCM(lora=0, mixed=0.0), "mcm"),
 }
+
+
+class Generator(nn.Module):
+    """A denoiser that makes samples of a batch's noise, as `vsd` calls its students."""
+
+    takes_batch = True
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.denoiser(batch.x, condition=batch.y)
 
 
 def denoiser(kind: str, clips: bool, checkpointed: bool = False) -> nn.Module:
@@ -116,27 +136,39 @@ def engine_step(
     shape = CLIPS if clips else BATCH
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     source = TensorSource(x, torch.arange(len(x)) % CLASSES, ids=torch.arange(len(x)), classes=tuple("abcd"))
-    m = Roles(teacher=denoiser(kind, clips, checkpointed), student=denoiser(kind, clips, checkpointed))
-    data, engine = Data(train=source), Engine(batch_size=len(x), precision=precision)  # type: ignore[arg-type]
+    teacher, student = (denoiser(kind, clips, checkpointed) for _ in range(2))
+    m = Roles(teacher=teacher, student=Generator(student) if isinstance(method, VSD) else student)
+    return started(method, m, source, len(x), precision)
+
+
+def started(
+    method: Method, m: Roles, source: Source, size: int, precision: str = "fp32"
+) -> tuple[Callable[[], Any], Roles, Batch, Any]:
+    """The engine's step at step 0 of the first training stage, for given roles and data."""
+    data, engine = Data(train=source), Engine(batch_size=size, precision=precision)  # type: ignore[arg-type]
     stage = next(training_stages(method, m, data, []))
     m.total = 1000
     prepare_roles(stage, m)
     optim = dict.fromkeys(stage.roles, Optim("adam", lr=RATE))
     updater = Updater(m, stage, optim, method, engine, Plain(torch.device("cpu")))
-    batch = stage.data.batch(torch.arange(len(x)), 0)
+    batch = stage.data.batch(torch.arange(size), 0)
     return lambda: updater.step([batch], len(batch)), m, batch, stage
 
 
 def pair(case: Case, kind: str) -> dict[str, Callable[[], Any]]:
     """The engine's step and the bare one, with networks of their own."""
     method = case.make(PART[kind])
-    step, m, batch, stage = engine_step(method, kind)
+    return against(case.bare, method, *engine_step(method, kind))
+
+
+def against(bare: str, method: Method, step: Callable[[], Any], m: Roles, batch: Batch, stage: Any) -> dict[str, Any]:
+    """The engine's step, and the bare one with copies of the roles, which share weights where these do."""
     names = (*stage.roles, *stage.ema, "teacher")
-    nets = {name: copy.deepcopy(m[name].module) for name in names}
+    nets = copy.deepcopy({name: m[name].module for name in names})
     for name in stage.roles:
         nets[name].train().requires_grad_(True)
     drawn = steps_drawn(method, m, batch)
-    return {"engine": step, "bare": bare_step(case.bare, nets, tuple(stage.roles), batch, drawn, RATE)}
+    return {"engine": step, "bare": bare_step(bare, nets, tuple(stage.roles), batch, drawn, RATE)}
 
 
 def steps_drawn(method: Method, m: Roles, batch: Batch) -> tuple[int, int]:
@@ -149,12 +181,26 @@ def steps_drawn(method: Method, m: Roles, batch: Batch) -> tuple[int, int]:
         each = method.steps // method.phases
         own, fake = (1 + int(each * draws.once(f"{name} steps")) for name in ("student", "fake"))
         return own, fake
+    if isinstance(method, DiversityCFG):
+        return method.samples, method.length
     return 1, 1
 
 
 def over_passes(case: Case, kind: str, rounds: int) -> dict[str, Any]:
     """Time and peak memory of a step over its passes."""
-    steps = pair(case, kind)
+    return compared(pair(case, kind), rounds)
+
+
+def language(rounds: int) -> dict[str, Any]:
+    """The same of a step of `diversity_cfg`."""
+    g = torch.Generator().manual_seed(0)
+    source = Prompts(torch.randint(1000, (4, 8), generator=g), torch.randint(1000, (8,), generator=g))
+    method, m = DiversityCFG(length=16), Roles(teacher=language_model(), student=language_model())
+    return compared(against("diversity_cfg", method, *started(method, m, source, 4)), rounds)
+
+
+def compared(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Any]:
+    """Time and peak memory of two steps."""
     times = turns(steps, rounds)
     held = {name: peak(step) for name, step in steps.items()}
     return {
@@ -200,6 +246,7 @@ def main() -> None:
     for kind in NETWORKS:
         cases = {name: case for name, case in CASES.items() if case.only in (None, kind)}
         found[kind] = {name: over_passes(case, kind, given.rounds) for name, case in cases.items()}
+    found["language model"] = {"diversity_cfg": language(given.rounds)}
     found["swiftbrush over plain"] = {kind: variants(kind, given.rounds) for kind in NETWORKS}
     report({**found, "machine": machine("diffusers")}, given.out)
 

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -183,6 +184,25 @@ def test_of_transformers_what_is_kept_and_padding_change_nothing():
     assert sample(model, padded, u)[0].equal(tokens)
     logits = along(model(**inputs(model, padded, tokens)).logits, 5)
     torch.testing.assert_close(logits, along(model(input_ids=whole).logits, 5), atol=1e-4, rtol=1e-4)
+
+
+class Older(nn.Module):
+    """As models of transformers were before `cache`: logits of the number of tokens so far."""
+
+    def forward(self, input_ids, attention_mask, past_key_values=None, use_cache=False):
+        so_far = (past_key_values or 0) + input_ids.shape[1]
+        logits = 100.0 * F.one_hot(torch.tensor(so_far), 20).expand(*input_ids.shape, 20)
+        return SimpleNamespace(logits=logits, past_key_values=so_far if use_cache else None)
+
+
+@pytest.mark.parametrize("make", [gpt2, Older])
+def test_what_a_model_keeps_is_not_computed_again(make):
+    model, lengths = make(), []
+    model.register_forward_pre_hook(lambda _, args, kw: lengths.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    tokens, _ = sample(model, {"input_ids": torch.ones(2, 4, dtype=torch.int64)}, torch.full((2, 3), 0.5))
+    assert lengths == [4, 1, 1]
+    if isinstance(model, Older):
+        assert tokens.tolist() == [[4, 5, 6]] * 2
 
 
 def test_without_an_embedder_the_teachers_embeddings_are_averaged():

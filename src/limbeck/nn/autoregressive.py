@@ -39,7 +39,8 @@ def inputs(
 def sample(model: nn.Module, prompt: Prompt, uniforms: Tensor, *, end: int | None = None) -> tuple[Tensor, Tensor]:
     """Texts of a model, drawn token by token from its distribution.
 
-    Models with `past_key_values` keep what they computed. All positions are drawn, without a look at whether texts have ended.
+    Models that take a `cache`, as newer ones of transformers do, or `past_key_values` keep what they computed. All positions
+    are drawn, without a look at whether texts have ended.
 
     Args:
         model: Gives logits `[B, L, V]`.
@@ -57,13 +58,13 @@ def sample(model: nn.Module, prompt: Prompt, uniforms: Tensor, *, end: int | Non
         (tensor([[1, 2, 0]]), tensor([[ True,  True, False]]))
     """
     parameters = inspect.signature(model.forward).parameters
-    cached = {"past_key_values", "use_cache"} <= parameters.keys()
+    kept = next((name for name in ("cache", "past_key_values") if {name, "use_cache"} <= parameters.keys()), None)
     x, cache, drawn = inputs(model, prompt), None, []
     for n in range(uniforms.shape[1]):
-        if cached and cache is not None:
+        if cache is not None:
             x = {k: v if k == "attention_mask" else v[:, -1:] for k, v in x.items()}
-        output = call(model, x, **({"past_key_values": cache, "use_cache": True} if cached else {}))
-        cache = output.past_key_values if cached else None
+        output = call(model, x, **({kept: cache, "use_cache": True} if kept else {}))
+        cache = getattr(output, kept) if kept else None
         drawn.append(_choose(main_output(output)[:, -1], uniforms[:, n]))
         x = inputs(model, prompt, torch.stack(drawn, 1))
     tokens = torch.stack(drawn, 1)
