@@ -88,6 +88,11 @@ class Condensed(nn.Module):
         """Classes, from the names or the labels."""
         return len(self.info.get("classes") or ()) or int(self.y.max()) + 1
 
+    @property
+    def images_per_class(self) -> int:
+        """Samples of each class, as noted, or from the labels."""
+        return self.info.get("images_per_class") or len(self.y) // self.num_classes
+
     def forward(self, rows: Tensor | None = None) -> Tensor:
         """The samples `[N, ...]`, or those at `rows` `[B]`; gradients reach what is learned."""
         if self.composed is None:

@@ -106,7 +106,7 @@ class CVDD(Recovered):
         slots = slots_of(small, self.classes_at_once)
         begun = self.begun(small)
         if self.init == "mosaics":
-            check_patches(data.train, len(small) // small.num_classes)
+            check_patches(data.train, small.images_per_class)
             made = yield Collect("mosaics", partial(self.mosaics, data.train))
             if made.value is not None:
                 begun = Condensed(made.value.to(small.x), small.y, info=begun.info)
@@ -118,7 +118,7 @@ class CVDD(Recovered):
     def mosaics(self, source: Source, m: Roles, folder: Any) -> Tensor:
         """Patches that the committee knows neither best nor least, as images `[N, C, H, W]` in the order of the set."""
         small: Any = m.student.module
-        each, device = len(small.y) // small.num_classes, small.x.device
+        each, device = small.images_per_class, small.x.device
         answer = mean_logits(list(m.teachers.values()))
         found = mosaics(source, lambda x: answer(x.to(device)).cpu(), each, difficulty="medium", seed=m.seed)
         order = small.y.argsort(stable=True).argsort().cpu()
@@ -128,8 +128,7 @@ class CVDD(Recovered):
         """One step of the images of all slots, one member of each slot after the other: only one graph is held."""
         small: Any = m.student.module
         roles, priors = list(m.teachers.values()), self.known(len(m.teachers))
-        each = small.info.get("images_per_class") or len(small.y) // small.num_classes
-        count, chunks = min(self.members, len(roles)), len(slots.rows) // each
+        count, chunks = min(self.members, len(roles)), len(slots.rows) // small.images_per_class
         for k in range(count):
             losses = []
             for i, slot in enumerate(numbers(batch.x)):
