@@ -149,10 +149,10 @@ class _Unrolled(torch.autograd.Function):
             with torch.enable_grad():
                 w, x = ctx.path[i].requires_grad_(), data.detach().requires_grad_()
                 (g,) = torch.autograd.grad(ctx.inner(w, i, x), w, create_graph=True)
-                wanted = (x,) if tesla else (x, w)
+                wanted = (x, w) if i and not tesla else (x,)  # nobody asks for the gradient of the start
                 back = torch.autograd.grad(g, wanted, pull_m, allow_unused=True)
             ctx.path[i].requires_grad_(False)
             to_data = to_data + (0 if back[0] is None else back[0])
-            if not tesla and back[1] is not None:
+            if len(back) > 1 and back[1] is not None:
                 pull_w = pull_w + back[1]
         return None, None, share * to_data, to_size, *(None,) * len(ctx.rest)
