@@ -183,7 +183,7 @@ def test_slots_have_networks_of_their_own_or_go_on_from_the_one_before(tmp_path)
         assert distance(found["code"][k], own) > 0.31
 
 
-def test_without_rho_it_is_its_base_bit_for_bit():
+def test_without_rho_it_is_its_base_and_slots_that_go_together_are_as_slots_one_after_another():
     base = recovered(DWA(rho=0.0, variance_weight=1.0, label_epochs=0), roles())
     m = roles()
     slots, x = slots_of(m.student.module), m.student.module.x
@@ -201,10 +201,28 @@ def test_without_rho_it_is_its_base_bit_for_bit():
         (2 * torch.stack(losses).mean()).backward()
         optimizer.step()
         x.data.clamp_(0, 1)
-    assert x.equal(base.x)
+    torch.testing.assert_close(base.x, x, atol=1e-6, rtol=0)
 
 
 # Slots
+
+
+def test_groups_have_statistics_of_their_own():
+    m, x, y = roles(), torch.rand(6, 1, 8, 8, requires_grad=True), torch.tensor([0, 1, 2] * 2)
+    together = Recovery(0.3, 2.0)(m.teacher, x, y, groups=2)
+    alone = torch.stack([Recovery(0.3, 2.0)(m.teacher, x[r : r + 3], y[r : r + 3]) for r in (0, 3)])
+    torch.testing.assert_close(together, alone)
+    assert not torch.isclose(alone.mean(), Recovery(0.3, 2.0)(m.teacher, x, y))
+    both = [torch.autograd.grad((losses * torch.tensor([1.0, 2.0])).sum(), x)[0] for losses in (together, alone)]
+    torch.testing.assert_close(*both)
+
+
+def test_slots_of_one_network_take_one_call():
+    m, calls = roles(4), []
+    m.teacher.module.register_forward_hook(lambda *_: calls.append(1))
+    slots = slots_of(m.student.module)
+    DWA(rho=0.0).step(slots, Adjusted(None, m.teacher), m, slots(0, m.rng()))
+    assert (len(slots), len(calls)) == (4, 1)
 
 
 def test_a_slot_does_not_depend_on_the_others():

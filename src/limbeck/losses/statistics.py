@@ -12,21 +12,23 @@ from limbeck.core.errors import UsageError
 Moments = Sequence[tuple[Tensor, Tensor]]
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, groups: int | None = None) -> tuple[Tensor, Tensor]:
     """Mean and biased variance of each channel.
 
     Args:
         x: `[B, C, ...]`.
+        groups: Equal parts of the batch, one after another, each with moments of its own.
 
     Returns:
-        Two tensors `[C]`, fp32 at least.
+        Two tensors `[C]`, fp32 at least; `[groups, C]` where there are some.
 
     Example:
         >>> mean, variance = moments(torch.tensor([[1.0], [3.0]]))
         >>> mean.item(), variance.item()
         (2.0, 1.0)
     """
-    dims = [0, *range(2, x.ndim)]
+    x = x if groups is None else x.unflatten(0, (groups, -1))
+    dims = [0, *range(2, x.ndim)] if groups is None else [1, *range(3, x.ndim)]
     x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return x.mean(dims), x.var(dims, correction=0)
 
@@ -40,10 +42,13 @@ def statistics_distance(
     with the plain norms of SRe2L, Yin et al. 2023; r of DWA, Du et al. 2024).
 
     Args:
-        found: `(mean, variance)` of each layer's input, each `[C_l]`; gradients reach them.
+        found: `(mean, variance)` of each layer's input, each `[C_l]`, or `[G, C_l]` of groups; gradients reach them.
         remembered: The layer's running mean and variance.
         variance_weight: `r`, 0 or more.
         first: Factor of the first layer.
+
+    Returns:
+        A scalar, or `[G]`.
 
     Raises:
         UsageError: There are no layers, or the two differ in number.
@@ -60,6 +65,10 @@ def statistics_distance(
         )  # fmt: skip
     terms = []
     for k, ((mean, variance), (m, v)) in enumerate(zip(found, remembered, strict=True)):
-        distance = torch.linalg.vector_norm(mean - m) + variance_weight * torch.linalg.vector_norm(variance - v)
+        distance = _norm(mean - m) + variance_weight * _norm(variance - v)
         terms.append(distance if k else first * distance)
-    return torch.stack(terms).sum()
+    return torch.stack(terms).sum(0)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1)

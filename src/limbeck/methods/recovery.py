@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -109,6 +109,30 @@ class Recovered(Method):
         """The images of the `i`-th slot of a batch in this step's view."""
         keys = Draws(m, batch).keys("view")[i : i + 1]
         return augment(x, keys, self.operations)
+
+    def recovery_of(self, k: int) -> Recovery:
+        """What images are recovered by under the k-th teacher."""
+        return self.recovery
+
+    def losses(self, m: Roles, batch: Batch, units: Sequence[tuple[int, Tensor, Tensor]]) -> list[Tensor]:
+        """The losses of a batch's units, each of its own statistics; those of one teacher and size go through it together.
+
+        Args:
+            m: The roles.
+            batch: A batch of `Slots`.
+            units: For each of its rows the number of a teacher, images `[b, ...]` and labels `[b]`.
+        """
+        keys, teachers = Draws(m, batch).keys("view"), list(m.teachers.values())
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, (k, x, _) in enumerate(units):
+            groups.setdefault((k, len(x)), []).append(i)
+        found: dict[int, Tensor] = {}
+        for (k, size), own in groups.items():
+            x, y = (torch.cat([units[i][part] for i in own]) for part in (1, 2))
+            x = augment(x, keys[own].repeat_interleave(size), self.operations)
+            losses = self.recovery_of(k)(teachers[k], x, y, groups=len(own))
+            found |= zip(own, losses.unbind(), strict=True)
+        return [found[i] for i in range(len(units))]
 
     def after_update(self, m: Roles, role: str) -> None:
         """Images go back to their bounds."""

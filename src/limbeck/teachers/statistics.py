@@ -44,8 +44,12 @@ def batch_norms(module: nn.Module, where: str = "teacher") -> list[nn.Module]:
 
 
 @contextmanager
-def input_statistics(module: nn.Module) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+def input_statistics(module: nn.Module, groups: int | None = None) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
     """Mean and biased variance of what reaches each layer of batch normalisation, in the graph, while the block runs.
+
+    Args:
+        module: The network.
+        groups: Equal parts of the batch that have statistics of their own, see `moments`.
 
     Yields:
         By the layer's number in module order, of the last call.
@@ -58,7 +62,8 @@ def input_statistics(module: nn.Module) -> Iterator[dict[int, tuple[Tensor, Tens
         (tensor([1., 1.]), tensor([1., 0.]))
     """
     found: dict[int, tuple[Tensor, Tensor]] = {}
-    handles = [layer.register_forward_pre_hook(partial(_keep, found, i)) for i, layer in enumerate(batch_norms(module))]
+    hooks = [(layer, partial(_keep, found, i, groups)) for i, layer in enumerate(batch_norms(module))]
+    handles = [layer.register_forward_pre_hook(hook) for layer, hook in hooks]
     try:
         yield found
     finally:
@@ -66,8 +71,10 @@ def input_statistics(module: nn.Module) -> Iterator[dict[int, tuple[Tensor, Tens
             handle.remove()
 
 
-def _keep(found: dict[int, tuple[Tensor, Tensor]], i: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
-    found[i] = moments(args[0])
+def _keep(
+    found: dict[int, tuple[Tensor, Tensor]], i: int, groups: int | None, _module: nn.Module, args: tuple[Any, ...]
+) -> None:
+    found[i] = moments(args[0], groups)
 
 
 @contextmanager
@@ -117,7 +124,12 @@ class Recovery:
     skipped: tuple[int, ...] = ()
 
     def parts(
-        self, role: Role, x: Tensor, y: Tensor, weights: Mapping[str, Tensor] | None = None
+        self,
+        role: Role,
+        x: Tensor,
+        y: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        groups: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy and distance of statistics of a batch.
 
@@ -126,20 +138,32 @@ class Recovery:
             x: Images `[B, ...]`; gradients reach them.
             y: Labels `[B]`.
             weights: In the place of the network's own, by name.
+            groups: Equal parts of the batch, one after another, each with statistics of its own.
+
+        Returns:
+            Two scalars, or two `[groups]`.
         """
         layers = batch_norms(role.module, role.name)
-        with input_statistics(role.module) as found:
+        with input_statistics(role.module, groups) as found:
             logits = called(role, x, weights)
         order = [i for i in sorted(found) if i not in self.skipped]
         remembered = [(layers[i].running_mean, layers[i].running_var) for i in order]
         distance = statistics_distance(
             [found[i] for i in order], remembered, variance_weight=self.variance_weight, first=self.first  # type: ignore[arg-type]
         )  # fmt: skip
-        return F.cross_entropy(logits, y), distance
+        losses = F.cross_entropy(logits, y, reduction="none").view(*() if groups is None else (groups,), -1)
+        return losses.mean(-1), distance
 
-    def __call__(self, role: Role, x: Tensor, y: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+    def __call__(
+        self,
+        role: Role,
+        x: Tensor,
+        y: Tensor,
+        weights: Mapping[str, Tensor] | None = None,
+        groups: int | None = None,
+    ) -> Tensor:
         """The sum."""
-        loss, distance = self.parts(role, x, y, weights)
+        loss, distance = self.parts(role, x, y, weights, groups)
         return loss + self.bn_weight * distance
 
 

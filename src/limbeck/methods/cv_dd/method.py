@@ -127,16 +127,15 @@ class CVDD(Recovered):
     def step(self, slots: Slots, m: Roles, batch: Batch) -> Iterator[Update]:  # type: ignore[override]
         """One step of the images of all slots, one member of each slot after the other: only one graph is held."""
         small: Any = m.student.module
-        roles, priors = list(m.teachers.values()), self.known(len(m.teachers))
-        count, chunks = min(self.members, len(roles)), len(slots.rows) // small.images_per_class
+        teachers, priors = len(m.teachers), self.known(len(m.teachers))
+        count, chunks = min(self.members, teachers), len(slots.rows) // small.images_per_class
+        own = numbers(batch.x)
+        chosen = [seats(slot // chunks, teachers, count, self.choice, priors, m.seed) for slot in own]
+        weights = [votes([priors[j] for j in members], self.vote_temperature) for members in chosen]
         for k in range(count):
-            losses = []
-            for i, slot in enumerate(numbers(batch.x)):
-                chosen = seats(slot // chunks, len(roles), count, self.choice, priors, m.seed)
-                weight = votes([priors[j] for j in chosen], self.vote_temperature)[k]
-                rows = slots.rows[slot]
-                x = self.view(m, batch, i, small.x[rows])
-                losses.append(weight * self.recovery(roles[chosen[k]], x, small.y[rows]))
+            rows = [slots.rows[slot] for slot in own]
+            units = [(members[k], small.x[r], small.y[r]) for members, r in zip(chosen, rows, strict=True)]
+            losses = [w[k] * loss for w, loss in zip(weights, self.losses(m, batch, units), strict=True)]
             yield Update("student", total(losses, small, len(slots)), apply=k == count - 1)
 
     def known(self, teachers: int) -> tuple[float, ...]:

@@ -114,15 +114,15 @@ class DWA(Recovered):
     def step(self, slots: Slots, adjusted: Adjusted, m: Roles, batch: Batch) -> Update:  # type: ignore[override]
         """One step of the images of all slots."""
         small: Any = m.student.module
-        losses, errors = [], []
-        for i, slot in enumerate(numbers(batch.x)):
-            rows = slots.rows[slot]
-            x = self.view(m, batch, i, small.x[rows])
-            loss, distance = self.recovery.parts(m.teacher, x, small.y[rows], adjusted(slot))
-            losses.append(loss + self.bn_weight * distance)
-            errors.append(loss.detach())
-        logs = {"cross_entropy": torch.stack(errors).mean()} if errors else {}
-        return Update("student", total(losses, small, len(slots)), logs=logs)
+        rows = [slots.rows[slot] for slot in numbers(batch.x)]
+        if not self.rho:
+            losses = self.losses(m, batch, [(0, small.x[r], small.y[r]) for r in rows])
+            return Update("student", total(losses, small, len(slots)))
+        losses = []  # each by weights of its own: one after another
+        for i, (slot, r) in enumerate(zip(numbers(batch.x), rows, strict=True)):
+            x = self.view(m, batch, i, small.x[r])
+            losses.append(self.recovery(m.teacher, x, small.y[r], adjusted(slot)))
+        return Update("student", total(losses, small, len(slots)))
 
 
 class Adjusted:

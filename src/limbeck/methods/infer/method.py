@@ -116,12 +116,12 @@ class INFER(Recovered):
     def step(self, slots: Slots, m: Roles, batch: Batch) -> Update:  # type: ignore[override]
         """One step of all compensators, each on the images of its slot and the network of its number."""
         small: Any = m.student.module
-        roles, losses = list(m.teachers.values()), []
-        for i, unit in enumerate(numbers(batch.x)):
+        units = []
+        for unit in numbers(batch.x):
             slot, k = divmod(unit, slots.units)
             rows = slots.rows[slot]
-            x = self.view(m, batch, i, small.x[rows] + small.compensators[unit])
-            losses.append(self.recovery_of(k)(roles[k], x, small.y[rows]))
+            units.append((k, small.x[rows] + small.compensators[unit], small.y[rows]))
+        losses = self.losses(m, batch, units)
         return Update("student", total(losses, small, len(slots)))
 
     def after_update(self, m: Roles, role: str) -> None:
