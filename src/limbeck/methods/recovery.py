@@ -128,7 +128,7 @@ class Recovered(Method):
             groups.setdefault((k, len(x)), []).append(i)
         found: dict[int, Tensor] = {}
         for (k, size), own in groups.items():
-            x, y = (torch.cat([units[i][part] for i in own]) for part in (1, 2))
+            x, y = torch.cat([units[i][1] for i in own]), torch.cat([units[i][2] for i in own])
             x = augment(x, keys[own].repeat_interleave(size), self.operations)
             losses = self.recovery_of(k)(teachers[k], x, y, groups=len(own))
             found |= zip(own, losses.unbind(), strict=True)
