@@ -30,7 +30,7 @@ from limbeck.core.stages import Stage, Step, Train
 from limbeck.data import Data
 from limbeck.engine.run import execute
 from limbeck.engine.settings import Engine
-from limbeck.evaluate.budget import Passes, as_dict, count_passes
+from limbeck.evaluate.budget import Passes, as_dict, count_role_passes
 from limbeck.evaluate.compare import mean_deviation, paired_interval
 from limbeck.evaluate.metrics import topk_accuracy
 from limbeck.evaluate.tasks import predict
@@ -203,7 +203,8 @@ def fit(
         **engine: Fields of `Engine`, such as `epochs`, `batch_size` and `seed`.
 
     Returns:
-        The passes through each role that was there before; of a whole method's learning roles, only those in training mode.
+        The passes through each role, of those too that the program makes; of a whole method's learning roles, only those in
+        training mode.
 
     Example:
         >>> from limbeck import Optim
@@ -220,12 +221,9 @@ def fit(
     else:
         frozen = [name for name in m if name not in optim]
         method, whole = _OneStage(Train(program, roles=optim, frozen=frozen, data=data)), False
-    modules = {name: role.module for name, role in m.items()}
-    learners = {name: module for name, module in modules.items() if name in optim}
-    others = {name: module for name, module in modules.items() if name not in optim}
-    with count_passes(learning=whole, **learners) as passes, count_passes(learning=False, **others) as asked:
+    with count_role_passes(m, optim if whole else ()) as passes:
         execute(method, m, data, settings, optim=optim)
-    return passes | asked
+    return passes
 
 
 @dataclass(frozen=True, eq=False)

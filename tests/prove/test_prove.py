@@ -11,9 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from limbeck import Optim, Roles
+from limbeck import Method, Optim, Roles, Update
+from limbeck.convert.slicing import Slice
 from limbeck.core.errors import RunError, UsageError
-from limbeck.data import TensorSource
+from limbeck.core.stages import Convert, Train
+from limbeck.data import Data, TensorSource
 from limbeck.evaluate.budget import Passes
 from limbeck.prove import Arm, Comparison, Proof, Trial, fit, load_proof, prove
 
@@ -224,6 +226,25 @@ def test_fit_counts_what_it_did():
     passes = fit(step, m, source, {"student": Optim("sgd", lr=0.1)}, epochs=2, batch_size=4)
     assert passes == {"student": Passes(6, 6, 20), "teacher": Passes(6, 0, 20)}
     assert all(torch.equal(a, b) for a, b in zip(before, m.teacher.parameters(), strict=True))
+
+
+def test_fit_counts_roles_that_the_program_makes_and_not_copies_as_their_origin():
+    class Copying(Method):
+        def stages(self, m, data):
+            yield Convert("fake", Slice({}), of="teacher", name="copy the teacher")
+            yield Train(self.step, roles={"student": None, "fake": None}, frozen=["teacher"], data=data.train)
+
+        def step(self, m, batch):
+            yield Update("fake", m.fake(batch).square().mean())
+            with torch.no_grad():
+                target = m.teacher(batch)
+            yield Update("student", (m.student(batch) - target).square().mean())
+
+    m = Roles(student=nn.Linear(3, 2), teacher=nn.Linear(3, 2))
+    data = Data(train=TensorSource(torch.randn(8, 3)))
+    optim = {name: Optim("sgd", lr=0.1) for name in ("student", "fake")}
+    passes = fit(Copying(), m, data, optim, steps=2, batch_size=4)
+    assert passes == {"student": Passes(2, 2, 8), "teacher": Passes(2, 0, 8), "fake": Passes(2, 2, 8)}
 
 
 # The proofs that are shipped

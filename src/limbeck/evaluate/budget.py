@@ -1,12 +1,15 @@
 """What each model of an arm was made to compute, so that arms can be shown to have the same budget."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
+
+from limbeck.core.roles import Roles
 
 
 @dataclass
@@ -66,6 +69,40 @@ def count_passes(*, learning: bool = False, **modules: nn.Module) -> Iterator[di
             handle.remove()
 
 
+@contextmanager
+def count_role_passes(roles: Roles, learning: Container[str] = ()) -> Iterator[dict[str, Passes]]:
+    """As `count_passes`, of whatever module each role has at the time: also of roles that are converted or made meanwhile.
+
+    Args:
+        roles: The roles.
+        learning: Names of roles of which only calls in training mode count.
+
+    Returns:
+        Counts by role, filled as the block runs.
+
+    Example:
+        >>> import torch
+        >>> m = Roles(teacher=nn.Linear(2, 1))
+        >>> with count_role_passes(m) as budget:
+        ...     m.fake = nn.Linear(2, 1)
+        ...     m.fake(torch.ones(8, 2)).sum().backward()
+        >>> budget
+        {'teacher': Passes(forward=0, backward=0, examples=0), 'fake': Passes(forward=1, backward=1, examples=8)}
+    """
+    counts = {name: Passes() for name in roles}
+
+    def after_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        for name, role in roles.items():
+            if role.module is module:
+                _counted(counts.setdefault(name, Passes()), name in learning, module, (args, kwargs), output)
+
+    handle = register_module_forward_hook(after_forward, with_kwargs=True, always_call=True)
+    try:
+        yield counts
+    finally:
+        handle.remove()
+
+
 def total_passes(budgets: Iterable[Mapping[str, Passes]]) -> dict[str, Passes]:
     """The sums by name, of models that several trainings had.
 
@@ -87,18 +124,23 @@ def as_dict(budget: dict[str, Passes]) -> dict[str, dict[str, int]]:
 
 def _hook(passes: Passes, learning: bool) -> Any:
     def after_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if learning and not module.training:
-            return
-        passes.forward += 1
-        passes.examples += next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim), 0)
-        seen: list[None] = []
-
-        def after_backward(_: Tensor) -> None:
-            passes.backward += not seen  # several outputs of one call are one backward pass
-            seen.append(None)
-
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
-                leaf.register_hook(after_backward)
+        _counted(passes, learning, module, (args, kwargs), output)
 
     return after_forward
+
+
+def _counted(passes: Passes, learning: bool, module: nn.Module, given: Any, output: Any) -> None:
+    """Add a call, and its backward pass when that comes."""
+    if learning and not module.training:
+        return
+    passes.forward += 1
+    passes.examples += next((len(t) for t in tree_leaves(given) if isinstance(t, Tensor) and t.ndim), 0)
+    seen: list[None] = []
+
+    def after_backward(_: Tensor) -> None:
+        passes.backward += not seen  # several outputs of one call are one backward pass
+        seen.append(None)
+
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            leaf.register_hook(after_backward)

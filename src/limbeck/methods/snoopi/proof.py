@@ -14,7 +14,7 @@ from limbeck.data.noise import Noise
 from limbeck.data.sources import TensorSource
 from limbeck.diffusion import Cosine, Denoiser, Draws, GaussianMixture, RectifiedFlow, Schedule, ring
 from limbeck.diffusion.scores import denoising_loss
-from limbeck.evaluate.budget import Passes
+from limbeck.evaluate.budget import Passes, total_passes
 from limbeck.evaluate.samples import energy_distance
 from limbeck.methods.snoopi.method import SNOOPI
 from limbeck.nn.time_mlp import TimeMLP
@@ -100,7 +100,7 @@ def run(seed: int, lr: float, guidance: tuple[float, float]) -> Trial:
         "final": float(tests[:, -1].mean()),
     }
     validation = float(torch.stack([found for found, _, _ in runs]).mean())
-    return Trial(validation, float(tests.mean()), {"student": runs[0][2]["student"]}, also)
+    return Trial(validation, float(tests.mean()), total_passes(passes for _, _, passes in runs), also)
 
 
 def fixed(k: float) -> Arm:
