@@ -60,7 +60,12 @@ class Denoiser(nn.Module):
             x_t: Noisy samples `[B, ...]`.
             t: Times `[B]`; without them `x_t` is standard normal noise, and the call a sample of a generator of one step.
             condition: Class labels `[B]` or embeddings `[B, ...]`; without them the empty one, where there is one.
+
+        Raises:
+            UsageError: `x_t` is noise, and the network predicts just that under a schedule that ends in noise alone.
         """
+        if t is None:
+            self.schedule.check_beginning(self.prediction)
         x_t, t = self.schedule.from_noise(x_t, t)
         raw = self._raw(x_t, self.time_scale * t, condition)
         return self.schedule.convert(raw, x_t, t, self.prediction, "sample")

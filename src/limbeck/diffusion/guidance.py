@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limbeck.core.errors import UsageError
+
 Scale = float | Tensor
 
 
@@ -27,6 +29,9 @@ def guided(
         null: The condition that says nothing, in the same form.
         scale: A number, or one for each sample `[B]`.
 
+    Raises:
+        UsageError: There are neither one scale nor as many as samples.
+
     Example:
         >>> def denoise(x, t, condition):
         ...     return condition[:, None].float() * torch.ones_like(x)
@@ -34,6 +39,8 @@ def guided(
         >>> guided(denoise, x, t, c, torch.zeros_like(c), 3.0).flatten().tolist()
         [3.0, 6.0]
     """
+    if isinstance(scale, Tensor) and scale.numel() not in (1, len(x_t)):
+        raise UsageError("one scale for each sample", where="scale", found=list(scale.shape), expected=[len(x_t)])
     if not isinstance(scale, Tensor):
         if scale == 1.0:
             return denoise(x_t, t=t, condition=condition)

@@ -26,7 +26,7 @@ class GaussianMixture(nn.Module):
         labels: The class of each component `[K]`; the label beyond the last class is the empty condition.
 
     Raises:
-        UsageError: Numbers of components differ.
+        UsageError: Numbers of components differ, or a std or weight is out of range.
 
     Example:
         >>> two = GaussianMixture(torch.tensor([[-1.0], [1.0]]), 0.1, Cosine())
@@ -55,6 +55,11 @@ class GaussianMixture(nn.Module):
         for name, found in (("weights", shares), ("labels", labels)):
             if found is not None and len(found) != count:
                 raise UsageError("components differ in number", where=name, found=len(found), expected=count)
+        if not count or (stds <= 0).any() or (shares < 0).any() or not shares.sum() > 0:
+            raise UsageError(
+                "this is no mixture", where="means, std, weights", found=f"{count} components, std {std}, weights {weights}",
+                expected="components, each of a std above 0 and a weight of 0 or more",
+            )  # fmt: skip
         self.schedule = schedule or Cosine()
         self.register_buffer("means", means)
         self.register_buffer("std", stds)
@@ -69,9 +74,9 @@ class GaussianMixture(nn.Module):
         return (shares.unsqueeze(-1) * centres).sum(1).view_as(x_t)
 
     def score(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
-        """`grad log p_t(x_t)` `[B, ...]`."""
-        alpha, sigma = self.schedule.factors(t, x_t)
-        return (alpha * self(x_t, t, condition) - x_t) / sigma**2
+        """`grad log p_t(x_t)` `[B, ...]`, at time 0 too."""
+        shares, _, _, pulls = self._parts(x_t, t, condition)
+        return (shares.unsqueeze(-1) * pulls).sum(1).view_as(x_t)
 
     def jacobian(self, x_t: Tensor, t: Tensor, condition: Tensor | None = None) -> Tensor:
         """`d E[x_0 | x_t] / d x_t` `[B, D, D]` for `x_t` `[B, D]`."""
@@ -82,10 +87,19 @@ class GaussianMixture(nn.Module):
         return outer + (shares * slopes).sum(1)[:, None, None] * eye
 
     def sample(self, count: int, generator: torch.Generator | None = None, condition: Tensor | None = None) -> Tensor:
-        """Draws `[N, D]`; with classes `[N]` from these."""
+        """Draws `[N, D]`; with classes `[N]` from these.
+
+        Raises:
+            UsageError: No component has such a class.
+        """
         weights = self.weights.expand(count, -1)
         if condition is not None and self.labels is not None:
             weights = weights * self._allowed(condition)
+            if len(unknown := condition[weights.sum(1) == 0]):
+                raise UsageError(
+                    "no component has such a class", where="condition", found=int(unknown[0]),
+                    expected=f"0 to {int(self.labels.max())}, or {int(self.labels.max()) + 1} for all",
+                )  # fmt: skip
         chosen = torch.multinomial(weights, 1, replacement=True, generator=generator)[:, 0]
         noise = torch.randn(count, self.means.shape[1], generator=generator, dtype=self.means.dtype)
         return self.means[chosen] + self.std[chosen, None] * noise

@@ -27,7 +27,7 @@ class Sampler(nn.Module):
         noise: What a step adds to the sample of the one before, see `few_step`.
 
     Raises:
-        UsageError: Times are not falling.
+        UsageError: Times are not falling, or the first is beyond the schedule's last, or the network says nothing there.
 
     Example:
         >>> from limbeck.diffusion import ring
@@ -46,6 +46,15 @@ class Sampler(nn.Module):
                 "these are no steps from noise to samples", where="times, noise", found=f"{list(times)}, {noise}",
                 expected="falling times above 0, and fresh | fixed | ddim",
             )  # fmt: skip
+        schedule: Schedule = denoiser.schedule  # type: ignore[assignment]
+        if times[0] > schedule.last * (1 + 1e-6):
+            raise UsageError(
+                "the first step is beyond the schedule",
+                where="times",
+                found=times[0],
+                expected=f"at most {schedule.last}",
+            )
+        schedule.check_beginning(getattr(denoiser, "prediction", None), float(times[0]))
         self.denoiser, self.noise = denoiser, noise
         self.register_buffer("times", torch.tensor([float(t) for t in times]), persistent=False)
 

@@ -37,6 +37,9 @@ def flow(
         null: The empty condition, for guidance.
         scale: Of guidance.
 
+    Raises:
+        UsageError: No steps, or a network that says nothing where there is noise alone.
+
     Example:
         >>> from limbeck.diffusion import ring
         >>> teacher = ring(8)
@@ -44,6 +47,9 @@ def flow(
         >>> bool(((x.norm(dim=1) - 2).abs() < 0.5).all())
         True
     """
+    if steps < 1:
+        raise UsageError("samples take a step or more", where="steps", found=steps, expected="1 or more")
+    schedule.check_beginning(getattr(denoise, "prediction", None))
     times = schedule.grid(steps).to(z.device)
     x = schedule.begin(z, times[:1].expand(len(z)))
     for t, s in zip(times[:-1].unbind(), times[1:].unbind(), strict=True):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class Schedule:
     What networks predict, by the names of diffusers: `sample` is `x_0`; `epsilon` the noise; `v_prediction`
     `v = alpha eps - sigma x_0`; `flow_prediction` `u = eps - x_0`. `convert` turns each into each other.
     """
+
+    ends_in_noise: ClassVar[bool] = False  # whether nothing of the sample is left at the last time
 
     @property
     def last(self) -> float:
@@ -87,8 +89,31 @@ class Schedule:
         last = (t >= self.last).view(sigma.shape).to(z.device)
         return torch.where(last, (alpha**2 + sigma**2).sqrt(), sigma).to(z.dtype) * z
 
+    def check_beginning(self, prediction: str | None, t: float | None = None) -> None:
+        """That a network can say something of the sample at the time of the first step.
+
+        Args:
+            prediction: What it predicts.
+            t: The time; None is the last.
+
+        Raises:
+            UsageError: There is noise alone, and the noise is all that it predicts.
+
+        Example:
+            >>> RectifiedFlow().check_beginning("flow_prediction")
+        """
+        if self.ends_in_noise and prediction == "epsilon" and (t is None or t >= self.last):
+            raise UsageError(
+                "a network that predicts the noise knows nothing of the sample where there is noise alone",
+                where="prediction", found=f"epsilon at the last time of {type(self).__name__}",
+                expected="v_prediction, flow_prediction or sample, or a schedule that keeps a little of the sample (Table)",
+                fix="begin a little before the end, such as times=(0.99, ...)",
+            )  # fmt: skip
+
     def convert(self, value: Tensor, x_t: Tensor, t: Tensor, of: Prediction, to: Prediction) -> Tensor:
-        """One prediction as another.
+        """One prediction as another; not finite where x_t holds nothing of what is asked.
+
+        That is the noise at sigma = 0, from the sample, and the sample at alpha = 0, from the noise.
 
         Args:
             value: What a network predicted `[B, ...]`.
@@ -174,6 +199,8 @@ class Cosine(Schedule):
         tensor([1.0000, 0.5000])
     """
 
+    ends_in_noise: ClassVar[bool] = True
+
     def alpha(self, t: Tensor) -> Tensor:
         """The factor of the sample."""
         return torch.cos(math.pi / 2 * t)
@@ -191,7 +218,13 @@ class RectifiedFlow(Schedule):
         shift: Moves the steps of samplers towards noise: `t' = shift t / (1 + (shift - 1) t)`; not the times of training.
     """
 
+    ends_in_noise: ClassVar[bool] = True
+
     shift: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.shift > 0:
+            raise UsageError("the shift is out of range", where="shift", found=self.shift, expected="above 0")
 
     def alpha(self, t: Tensor) -> Tensor:
         """The factor of the sample."""
@@ -230,6 +263,14 @@ class EDM(Schedule):
     largest: float = 80.0
     rho: float = 7.0
     data: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not (0 < self.smallest < self.largest and self.rho > 0 and self.data > 0):
+            raise UsageError(
+                "these are no noise levels", where="smallest, largest, rho, data",
+                found=f"{self.smallest}, {self.largest}, {self.rho}, {self.data}",
+                expected="0 < smallest < largest, rho and data above 0",
+            )  # fmt: skip
 
     @property
     def last(self) -> float:
