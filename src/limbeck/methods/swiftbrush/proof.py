@@ -15,7 +15,7 @@ from limbeck.core.update import Update
 from limbeck.data.noise import Noise
 from limbeck.data.sources import TensorSource
 from limbeck.diffusion import Denoiser, Draws, GaussianMixture, RectifiedFlow, flow, ring
-from limbeck.diffusion.objectives import surrogate
+from limbeck.diffusion.objectives import surrogate, vsd_gradient
 from limbeck.diffusion.scores import denoising_loss, noisy, predicted, schedule_of
 from limbeck.evaluate.samples import energy_distance
 from limbeck.methods.swiftbrush.method import SwiftBrush
@@ -94,7 +94,7 @@ def sds(m: Roles, batch: Batch) -> Update:
     with torch.no_grad():
         real = predicted(m.teacher, x_t, t, batch.y, GUIDANCE)
         alpha, sigma = FLOW.factors(t, x)
-    return Update("student", surrogate(x, alpha * sigma * (x - real)))
+    return Update("student", surrogate(x, vsd_gradient(real, x, alpha, sigma)))
 
 
 def judged(seed: int, m: Roles, generator_seed: int) -> float:
