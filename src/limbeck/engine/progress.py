@@ -54,7 +54,8 @@ class Lines(Silent):
 
     def stage(self, name: str, total: int | None, done: int = 0) -> None:
         self.name, self.total, self.began, self.first = name, total, time.monotonic(), done  # type: ignore[assignment]
-        self.say(f"{name}: {total or 'unknown number of'} steps" + (f", going on from {done}" if done else ""))
+        steps = f": {total} steps" if total else ""  # a conversion is no number of steps
+        self.say(f"{name}{steps}" + (f", going on from {done}" if done else ""))
 
     def row(self, row: dict[str, Any]) -> None:
         evaluated = any(key.startswith("val/") for key in row)

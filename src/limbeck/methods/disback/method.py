@@ -91,6 +91,7 @@ class DisBack(Method):
         check_field("gradient", self.gradient, self.gradient in ("dmd", "vsd"), "dmd | vsd")
         check_field("variant", self.variant, self.variant in ("paper", "code"), "paper | code")
         check_elements(self.elements)
+        check_field("guidance", self.guidance, self.guidance >= 0, "0 or more; 1 is without")
         for name in ("switch", "fake_steps"):
             check_field(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("times", "fake_times"):

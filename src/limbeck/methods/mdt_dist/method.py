@@ -84,6 +84,7 @@ class MDTDist(Method):
         check_field("dt", self.dt, 0 < self.dt < 0.5, "in (0, 0.5)")
         check_field("variant", self.variant, self.variant in ("paper", "code"), "paper | code")
         check_elements(self.elements)
+        check_field("guidance", self.guidance, self.guidance >= 0, "0 or more; 1 is without")
         for name in ("vd_start", "ema"):
             check_field(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
 

@@ -114,6 +114,7 @@ class PhasedDMD(Method):
             check_field(name, getattr(self, name), getattr(self, name) > 0, "above 0")
         check_field("margin", self.margin, 0 < self.margin < 1 / self.phases, f"in (0, {1 / self.phases:.2g})")
         check_elements(self.elements)
+        check_field("guidance", self.guidance, self.guidance >= 0, "0 or more; 1 is without")
         check_field("rank", self.rank, self.rank >= 0, "0 or more")
 
     def check(self, m: Roles, batch: Batch) -> None:

@@ -50,7 +50,7 @@ class SiD(Method):
         noise: What a step adds to the sample of the one before: `fresh`, `fixed` or `ddim`.
         gradient_steps: `last`: through the k-th step alone, as in the code of SiD-DiT; `all`: through all of them, as in that
             of SiD-LSG, at k times the memory.
-        alpha: 0.5 to 1.2.
+        alpha: 0 to 1.2; 0.5 to 1.2 in the papers.
         guidance: Of the teacher.
         fake_guidance: Of `fake` where the student learns; None for the teacher's, which is long guidance (LSG). With a teacher
             of 1, 0 is Zero-CFG and -1 Anti-CFG (the value is inferred).
@@ -106,6 +106,14 @@ class SiD(Method):
         check_field("alpha", self.alpha, 0 <= self.alpha <= 1.2, "in [0, 1.2]")
         check_field("gradient_steps", self.gradient_steps, self.gradient_steps in ("last", "all"), "last | all")
         check_elements(self.elements)
+        check_field("guidance", self.guidance, self.guidance >= 0, "0 or more; 1 is without")
+        told = bool(self.discriminator) == bool(self.gan_weight)
+        check_field(
+            "discriminator",
+            self.discriminator,
+            told,
+            "the path of a part of fake where gan_weight is above 0, else none",
+        )
         check_field("weight", self.weight, self.weight in ("gap", "flow"), "gap | flow")
         for name in ("times", "fake_times"):
             low, high = getattr(self, name)
@@ -121,8 +129,6 @@ class SiD(Method):
         with torch.no_grad():
             check_samples(m.student(batch.x, condition=batch.get("y")), batch.x)
         if self.gan_weight:
-            told = bool(self.discriminator)
-            check_field("discriminator", self.discriminator, told, "the path of a part of fake, for gan_weight above 0")
             check_discriminator(m, self.discriminator)
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:

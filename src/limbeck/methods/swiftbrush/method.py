@@ -11,6 +11,7 @@ from limbeck.core.errors import UsageError
 from limbeck.core.roles import Roles
 from limbeck.diffusion.draws import Draws
 from limbeck.diffusion.score_gap import score_gap
+from limbeck.methods.checks import check_field
 from limbeck.methods.score_distillation import ScoreDistillation
 
 
@@ -47,6 +48,7 @@ class SwiftBrush(ScoreDistillation):
                 "guidance is one number", where="method.guidance", found=self.guidance,
                 fix="the method snoopi draws each sample's scale from a range",
             )  # fmt: skip
+        check_field("guidance", self.guidance, self.guidance >= 0, "0 or more; 1 is without")
 
     def gap(self, m: Roles, draws: Draws, batch: Batch, x: Tensor, logs: dict[str, Tensor]) -> Tensor:
         """Of two networks under one scale of guidance."""

@@ -70,6 +70,7 @@ class VSD(Method):
         check_field("dropout", self.dropout, 0 <= self.dropout < 1, "in [0, 1)")
         check_field("score", self.score, self.score in ("learned", "noise"), "learned | noise")
         check_elements(self.elements)
+        check_field("guidance", self.guidance, self.guidance >= 0, "0 or more; 1 is without")
 
     def check(self, m: Roles, batch: Batch) -> None:
         """The teacher is a denoiser that can be copied, or there is a `fake` already."""
