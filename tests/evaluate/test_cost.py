@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from limbeck.core.errors import UsageError
-from limbeck.evaluate.budget import Passes, as_dict, count_passes
+from limbeck.core.roles import Roles
+from limbeck.evaluate.budget import Passes, as_dict, count_passes, count_role_passes
 from limbeck.evaluate.cost import flops, latency, measure, parameters, peak_memory, size_bytes, throughput
 
 MIB = 2**20
@@ -155,3 +156,12 @@ def test_budget_counts_keyword_calls_and_structured_outputs_once():
         out = model(x=torch.ones(5, 4))
         (out["a"] + out["b"][0]).sum().backward()
     assert budget == {"model": Passes(1, 1, 5)}
+
+
+def test_passes_of_roles_count_ones_that_stop_early():
+    m = Roles(student=nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 2)))
+    with count_role_passes(m) as budget:
+        m.student.upto(torch.ones(5, 4), "0").sum().backward()
+        m.student(torch.ones(3, 4))
+    assert budget["student"].forward == 2
+    assert budget["student"].examples == 8

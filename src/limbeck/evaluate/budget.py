@@ -91,10 +91,10 @@ def count_role_passes(roles: Roles, learning: Container[str] = ()) -> Iterator[d
     """
     counts = {name: Passes() for name in roles}
 
-    def after_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def after_forward(module: nn.Module, *call: Any) -> None:
         for name, role in roles.items():
             if role.module is module:
-                _counted(counts.setdefault(name, Passes()), name in learning, module, (args, kwargs), output)
+                _counted(counts.setdefault(name, Passes()), name in learning, module, *call)
 
     handle = register_module_forward_hook(after_forward, with_kwargs=True, always_call=True)
     try:
@@ -123,18 +123,19 @@ def as_dict(budget: dict[str, Passes]) -> dict[str, dict[str, int]]:
 
 
 def _hook(passes: Passes, learning: bool) -> Any:
-    def after_forward(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        _counted(passes, learning, module, (args, kwargs), output)
+    def after_forward(module: nn.Module, *call: Any) -> None:
+        _counted(passes, learning, module, *call)
 
     return after_forward
 
 
-def _counted(passes: Passes, learning: bool, module: nn.Module, given: Any, output: Any) -> None:
-    """Add a call, and its backward pass when that comes."""
+def _counted(passes: Passes, learning: bool, module: nn.Module, args: Any, *rest: Any) -> None:
+    """Add a call, and its backward pass when that comes; torch leaves the keywords out where a pass stops early."""
+    kwargs, output = rest if len(rest) == 2 else ({}, *rest)
     if learning and not module.training:
         return
     passes.forward += 1
-    passes.examples += next((len(t) for t in tree_leaves(given) if isinstance(t, Tensor) and t.ndim), 0)
+    passes.examples += next((len(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim), 0)
     seen: list[None] = []
 
     def after_backward(_: Tensor) -> None:
