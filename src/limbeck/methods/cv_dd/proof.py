@@ -9,7 +9,7 @@ from limbeck.methods.cv_dd.method import CVDD
 from limbeck.prove import Arm, Comparison, Proof, Trial
 from limbeck.teachers.relabel import epoch_labels, mean_logits, with_labels
 
-RATES, PRIOR_RATE = (0.01, 0.03, 0.1), 0.03
+RATES, PRIOR_RATE = (0.03, 0.1, 0.3, 1.0), 0.03
 WHOLE = CVDD(
     operations=("roll",),
     bn_weight=0.05,
