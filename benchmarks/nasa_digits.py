@@ -6,12 +6,14 @@ The teacher is a flow of scikit-learn's digits whose `UNet2DConditionModel` atte
 that say nothing. Its student of one step is distilled by distribution matching, with the same prompts. Then the prompt allows two
 classes, or all, and the negative one names a class: how many samples are still of it, by a classifier that is trained on the
 images; how many are of the class that is left; and the Frechet distance in the classifier's features to test images, of the
-classes that the prompts leave. Beside it the output is guided away with the same scales, at two calls instead of one.
+classes that the prompts leave. Beside it the output is guided away with the same scales, at two calls instead of one. Two more
+students of SNOOPI, one of them trained with negative prompts (NASA-T), equally long, show what that training adds.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from itertools import product
 from typing import Any
 
 import torch
@@ -26,6 +28,7 @@ from limbeck.diffusion.scores import denoising_loss
 from limbeck.evaluate.baselines import supervised
 from limbeck.evaluate.samples import frechet_distance
 from limbeck.methods.disback.method import DisBack
+from limbeck.methods.snoopi.method import SNOOPI
 from limbeck.nn.nasa import away
 from limbeck.prove import accuracy, fit, seeded
 
@@ -47,8 +50,12 @@ class Painter(nn.Module):
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), mid_block_type="UNetMidBlock2DCrossAttn",
         )  # fmt: skip
 
+    def states(self, tokens: Tensor) -> Tensor:
+        """What attention sees of tokens."""
+        return self.text(tokens)
+
     def forward(self, x: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
-        return self.unet(x, t, self.text(tokens)).sample
+        return self.unet(x, t, self.states(tokens)).sample
 
 
 def network() -> nn.Module:
@@ -81,7 +88,10 @@ def judge() -> Any:
     return module.eval()
 
 
-def distilled(teacher: nn.Module, seed: int, steps: int) -> Denoiser:
+METHODS = {"": DisBack(nodes=()), "snoopi ": SNOOPI(), "nasa_t ": SNOOPI(nasa=True)}
+
+
+def distilled(method: Any, teacher: nn.Module, seed: int, steps: int) -> Denoiser:
     """A student of one step."""
     g = torch.Generator().manual_seed(seed)
     y, other = torch.randint(CLASSES, (2, 100 * BATCH), generator=g)
@@ -93,8 +103,8 @@ def distilled(teacher: nn.Module, seed: int, steps: int) -> Denoiser:
         "student": Optim("adam", lr=LR, schedule="cosine", final=0.05, warmup=10),
         "fake": Optim("adam", lr=1e-3),
     }
-    source = Noise((1, 8, 8), conditions=tokens, seed=seed)
-    fit(DisBack(nodes=()).step, m, source, rates, steps=steps, batch_size=BATCH, seed=seed)
+    source = Noise((1, 8, 8), conditions=tokens, negatives=torch.stack([other, other], 1), seed=seed)
+    fit(method.step, m, source, rates, steps=steps, batch_size=BATCH, seed=seed)
     student: Any = m.student.module
     return student.eval()
 
@@ -109,7 +119,7 @@ def judged(student: Denoiser, seed: int, kind: str, how: str, scale: float, coun
     negative = torch.stack([other, other], 1)
     net: Any = student.net
     if how == "attention":
-        with away(net, net.text(negative), scale):
+        with away(net, net.states(negative), scale):
             x = student(z, condition=text)
     else:
         x = student(z, condition=text)
@@ -132,13 +142,12 @@ def main() -> None:
     teacher.eval()
     rows: dict[str, Any] = {}
     for seed in range(args.seeds):
-        student = distilled(teacher, seed, args.steps)
-        for kind in ("pair", "any"):
-            for how in ("attention", "output"):
-                for scale in SCALES:
-                    place = rows.setdefault(kind, {}).setdefault(how, {}).setdefault(str(scale), {})
-                    for name, value in judged(student, seed, kind, how, scale).items():
-                        place.setdefault(name, []).append(round(value, 2))
+        for by, method in METHODS.items():
+            student = distilled(method, teacher, seed, args.steps)
+            for kind, how, scale in product(("pair", "any"), ("attention",) if by else ("attention", "output"), SCALES):
+                place = rows.setdefault(kind, {}).setdefault(by + how, {}).setdefault(str(scale), {})
+                for name, value in judged(student, seed, kind, how, scale).items():
+                    place.setdefault(name, []).append(round(value, 2))
         print(rows["pair"]["attention"], flush=True)
     means = {
         kind: {
