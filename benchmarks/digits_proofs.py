@@ -2,9 +2,9 @@
 
     python benchmarks/digits_proofs.py --out benchmarks/results/digits-proofs.json
 
-The teacher is a U-Net as in `fewstep.py`. SwiftBrush and its baselines are given classes and judged by the Frechet distance in the
-features of a classifier that is trained on the images. Phased DMD and its baselines are given none: what counts is how far the
-shares of the classes, by that classifier, are from those of the teacher in 50 steps. All arms of a proof have as many updates.
+The teacher is a U-Net as in `fewstep.py`. SwiftBrush and its baselines are given classes, and judged by the Frechet distance in
+the features of a classifier that is trained on the images. Phased DMD and its baselines are given none: what counts is how far
+the shares of the classes, by that classifier, are from those of the teacher in 50 steps. All arms have as many updates.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def swiftbrush() -> Proof:
         return Arm(partial(conditional, program, follows), "lr", RATES)
 
     return Proof(
-        claim="One call of a network that follows the gap of two scores makes better digits than one that follows the drawn noise "
-        "(SDS), or that learns where the teacher's flow ends (Nguyen and Tran 2024)",
+        claim="One call of a network that follows the gap of two scores makes better digits than one that follows the drawn "
+        "noise (SDS), or that learns where the teacher's flow ends (Nguyen and Tran 2024)",
         task=f"a U-Net of scikit-learn's digits at 8 px, given the class; {STEPS} updates of {TASK.batch}",
         metric="Frechet distance to test images in a classifier's features",
         arms={"sds": arm(sds), "regression": arm(regress), "swiftbrush": arm(SWIFTBRUSH.step, follows=True)},
