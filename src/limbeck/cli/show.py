@@ -60,7 +60,7 @@ def outcome(folder: Path) -> None:
     saved = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
     kinds = [str(record.get("kind")).rpartition(":")[2] for record in saved.get("records", [])]
     verb = "family" if "make_elastic" in kinds and "extract" not in kinds else "export"
-    if (folder / "student" / "condensed.json").is_file():
+    if (folder / "student" / "condensed.json").is_file() or any(folder.glob("artefacts/*/synthetic.json")):
         print(f"next     limbeck distill --data condensed:{folder} --student SPEC")
     elif manifest.is_file():  # other data sets are read in Python
         print(f"next     limbeck {verb} {folder}{' --trust' if '.py:' in str(saved.get('spec')) else ''}")

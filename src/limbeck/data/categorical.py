@@ -167,6 +167,20 @@ class RowSource(TensorSource):
         super().__init__(torch.cat(parts, 1).float(), groups, ids, classes=[str(g) for g in columns.groups])
         self.columns = columns
 
+    def classified(self) -> TensorSource:
+        """The rows as classifiers are to read them: the target as label, `x` without it, and without the group.
+
+        Example:
+            >>> columns = Columns.numbered((2, 3), 2)
+            >>> rows = RowSource(columns, torch.tensor([[0, 2], [1, 1]]), torch.tensor([1, 0])).classified()
+            >>> rows.x.tolist(), rows.labels.tolist()
+            ([[1.0, 0.0], [0.0, 1.0]], [2, 1])
+        """
+        width, values = self.columns.sizes[-1], self.columns.values[-1]
+        return TensorSource(
+            self.x[:, :-width], self.x[:, -width:].argmax(1), self.ids, classes=[str(v) for v in values]
+        )
+
 
 def columns_of(source: Any) -> Columns | None:
     """The columns of a source of rows, or of one that it is a part of; None where they are not known."""

@@ -19,11 +19,12 @@ from limbeck.data.data import Data
 from limbeck.data.graphs import Graphs
 from limbeck.data.lessons import CondensedSource, SetsSource
 from limbeck.data.options import DataOptions
+from limbeck.data.synthetic import classified, load_synthetic
 from limbeck.models.specs import is_object
 
 
 def load_condensed(path: str, o: DataOptions, tokenizer: Any = None) -> Data:
-    """A condensed set as `train`, and as `test` the held-out samples: those named, else those of the run that made the set.
+    """A condensed or synthetic set as `train`, as `test` held-out samples: those named, else those of the run that made the set.
 
     Args:
         path: The set's folder, or that of the run.
@@ -33,10 +34,12 @@ def load_condensed(path: str, o: DataOptions, tokenizer: Any = None) -> Data:
     Raises:
         UsageError: There is no set, or held-out samples are of another form or have no labels.
     """
-    graphs = graphs_folder(path) is not None
-    train: Any = (
-        SetsSource(CondensedGraphs.load(path), seed=o.seed) if graphs else CondensedSource(Condensed.load(path))
-    )
+    drawn = load_synthetic(path)
+    train: Any
+    if graphs_folder(path) is not None:
+        train = SetsSource(CondensedGraphs.load(path), seed=o.seed)
+    else:
+        train = CondensedSource(Condensed.load(path) if drawn is None else drawn.condensed())
     if not len(train):
         raise UsageError("there is nothing to train on", where=path, found="a condensed set without samples")
     if o.held_out is None:
@@ -49,6 +52,7 @@ def load_condensed(path: str, o: DataOptions, tokenizer: Any = None) -> Data:
     if test is None:
         return Data(train=train)
     held = test.get("test") or test.get("validation") or test.train
+    held = held if drawn is None else classified(held)
     _check(train, held, where)
     return Data(train=train, test=held)
 

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from limbeck.core.errors import UsageError
 from limbeck.core.files import aside
+from limbeck.core.source import Source
 from limbeck.data.categorical import Columns, RowSource
+from limbeck.data.condensed import Condensed
 from limbeck.data.sources import TensorSource
 
 DATA, NOTES, TABLE = "synthetic.safetensors", "synthetic.json", "table.csv"
@@ -51,6 +53,12 @@ class SyntheticTable:
     def source(self) -> RowSource:
         """The rows one-hot, to train on."""
         return RowSource(self.columns, self.codes, self.groups)
+
+    def condensed(self) -> Condensed:
+        """The same as a condensed set, to train classifiers of the target on: `made.condensed().train(network)`."""
+        rows = self.source().classified()
+        target = self.codes[:, -1]
+        return Condensed(rows.x, target, learn=(), info={**self.info, "classes": list(rows.classes or ())})
 
     def bytes(self) -> dict[str, int]:
         """The true size of each part as it is stored, beside the table in words."""
@@ -112,6 +120,10 @@ class SyntheticImages:
         """The images with their class as label, to train on."""
         return TensorSource(self.images, self.targets, torch.arange(len(self)))
 
+    def condensed(self) -> Condensed:
+        """The same as a condensed set: `made.condensed().train(network)`."""
+        return Condensed(self.images, self.targets, learn=(), info=self.info)
+
     def bytes(self) -> dict[str, int]:
         """The true size of each part as it is stored."""
         return _sizes(self._parts())
@@ -140,6 +152,32 @@ class SyntheticImages:
         return {"images": images, "targets": _small(self.targets), "groups": _small(self.groups)}
 
 
+def load_synthetic(path: str | os.PathLike[str]) -> SyntheticTable | SyntheticImages | None:
+    """What a folder, or the run in it, holds of either kind; None for neither.
+
+    Raises:
+        UsageError: It is damaged.
+    """
+    if (folder := _folder(path)) is None:
+        return None
+    images = json.loads((folder / NOTES).read_text(encoding="utf-8")).get("kind") == "images"
+    return (SyntheticImages if images else SyntheticTable).load(folder)
+
+
+def classified(source: Source) -> Source:
+    """Real samples as classifiers of the target read them; sources that are so already are returned as they are.
+
+    Args:
+        source: Rows of a table, or images with their class in `x["target"]`, both with the group as label.
+    """
+    if isinstance(source, RowSource):
+        return source.classified()
+    x = getattr(source, "x", None)
+    if isinstance(x, Mapping) and {"image", "target"} <= x.keys():
+        return TensorSource(x["image"], x["target"], source.ids)
+    return source
+
+
 def _small(numbers: Tensor, count: int | None = None) -> Tensor:
     """In one byte each where that is enough."""
     count = int(numbers.max()) + 1 if count is None else count
@@ -161,9 +199,7 @@ def _save(
 
 
 def _load(path: str | os.PathLike[str], kind: str, make: Callable[[Any, dict[str, Tensor]], _T]) -> _T:
-    folders = [Path(path), *sorted(Path(path).glob("artefacts/*"))]
-    folder = next((f for f in folders if (f / NOTES).is_file()), None)
-    if folder is None:
+    if (folder := _folder(path)) is None:
         raise UsageError(f"this folder holds no synthetic {kind}", where=path, expected=f"{DATA} and {NOTES}")
     try:
         notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
@@ -174,3 +210,8 @@ def _load(path: str | os.PathLike[str], kind: str, make: Callable[[Any, dict[str
         return make(notes, load_file(folder / DATA))
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UsageError(f"the synthetic {kind} in this folder cannot be read", where=folder, found=error) from None
+
+
+def _folder(path: str | os.PathLike[str]) -> Path | None:
+    folders = [Path(path), *sorted(Path(path).glob("artefacts/*"))]
+    return next((f for f in folders if (f / NOTES).is_file()), None)
