@@ -195,6 +195,7 @@ def main() -> None:
     """The proofs, and the teacher's own numbers beside them."""
     given = options(__doc__ or "", seeds=3)
     torch.set_num_threads(1)
+    teacher(NAME), judge(TASK.splits, TASK.judge)  # they learn here, where gradients are on
     rows: dict[str, Any] = {}
     for n in (50, 4, 1):
         told, free = (

@@ -199,6 +199,25 @@ def test_onnx(tmp_path, to):
     assert [t.data_type == onnx.TensorProto.INT8 for t in large] == [to != "2:4"]
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_processors_without_instructions_for_8_bits_compute_the_same(monkeypatch, capability):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    done = deploy(net(width=256), "int8-dynamic", X, repeats=1)
+    layer, x = done.model[0], 3 * X
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias), rtol=1e-6, atol=1e-6)
+
+
+def test_products_in_onnx_do_not_saturate(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    layer, x = nn.Linear(64, 8), torch.ones(6, 64)
+    nn.init.ones_(layer.weight)  # all products are as large as they can be
+    report = to_onnx(
+        deploy(nn.Sequential(layer), "int8-dynamic", x, include=["0"], repeats=1).model, (x,), tmp_path / "m.onnx"
+    )
+    assert report.max_rel_error < 1e-6
+
+
 def test_models_of_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     sizes = {

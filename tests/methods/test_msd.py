@@ -257,7 +257,7 @@ def test_students_far_off_come_near():
     {"students": 0}, {"fake_steps": 0}, {"match_steps": -1}, {"match_factor": 0.0}, {"gan_weight": -1.0},
     {"discriminator_weight": -1.0}, {"gan_start": 1.0}, {"times": (0.5, 0.4)}, {"fake_times": (0.0, 1.0)},
     {"students": 2, "owners": (0, 0, 0, 1)}, {"students": 2, "owners": (0, 2)}, {"students": 3, "owners": (0, 0, 1, 1)},
-    {"gan_weight": 0.1}, {"discriminator": "net.body"}, {"guidance": -1.0},
+    {"discriminator": "net.body"}, {"guidance": -1.0},
 ])  # fmt: skip
 def test_fields_out_of_range(fields):
     with pytest.raises(UsageError, match="out of range"):
@@ -270,6 +270,8 @@ def test_models_and_data_that_do_not_fit():
         MSD().check(Roles(teacher=ring(8, schedule=FLOW, classes=C), student=network()), b)
     with pytest.raises(UsageError, match="no classes"):
         MSD().check(Roles(teacher=network(), student=network()), Batch(x=b.x, id=b.id))
+    with pytest.raises(UsageError, match="discriminator is out of range"):
+        MSD(gan_weight=0.1).check(two(), b)
     with pytest.raises(UsageError, match="no such module"):
         MSD(gan_weight=0.1, discriminator="net.mid").check(two(), b)
     with pytest.raises(UsageError, match="students is out of range"):

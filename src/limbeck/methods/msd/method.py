@@ -91,13 +91,8 @@ class MSD(Method):
             check_field(name, (low, high), 0 < low < high <= 1, "0 < from < to <= 1")
         check_elements(self.elements)
         check_field("guidance", self.guidance, self.guidance >= 0, "0 or more; 1 is without")
-        told = bool(self.discriminator) == bool(self.gan_weight)
-        check_field(
-            "discriminator",
-            self.discriminator,
-            told,
-            "the path of a part of fake where gan_weight is above 0, else none",
-        )
+        told = not self.discriminator or self.gan_weight > 0
+        check_field("discriminator", self.discriminator, told, "none without gan_weight")
         check_field("match_factor", self.match_factor, self.match_factor > 0, "above 0")
         check_field("gan_start", self.gan_start, 0 <= self.gan_start < 1, "in [0, 1)")
         if self.owners:
@@ -131,6 +126,8 @@ class MSD(Method):
                 found="none" if y is None else f"{y.dtype} {list(y.shape)}", expected="a class number for each sample",
             )  # fmt: skip
         if self.gan_weight:
+            told = bool(self.discriminator)
+            check_field("discriminator", self.discriminator, told, "the path of a part of fake, for gan_weight above 0")
             check_discriminator(m, self.discriminator)
 
     def check_data(self, data: Any) -> None:

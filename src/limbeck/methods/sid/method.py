@@ -107,13 +107,8 @@ class SiD(Method):
         check_field("gradient_steps", self.gradient_steps, self.gradient_steps in ("last", "all"), "last | all")
         check_elements(self.elements)
         check_field("guidance", self.guidance, self.guidance >= 0, "0 or more; 1 is without")
-        told = bool(self.discriminator) == bool(self.gan_weight)
-        check_field(
-            "discriminator",
-            self.discriminator,
-            told,
-            "the path of a part of fake where gan_weight is above 0, else none",
-        )
+        told = not self.discriminator or self.gan_weight > 0
+        check_field("discriminator", self.discriminator, told, "none without gan_weight")
         check_field("weight", self.weight, self.weight in ("gap", "flow"), "gap | flow")
         for name in ("times", "fake_times"):
             low, high = getattr(self, name)
@@ -129,6 +124,8 @@ class SiD(Method):
         with torch.no_grad():
             check_samples(m.student(batch.x, condition=batch.get("y")), batch.x)
         if self.gan_weight:
+            told = bool(self.discriminator)
+            check_field("discriminator", self.discriminator, told, "the path of a part of fake, for gan_weight above 0")
             check_discriminator(m, self.discriminator)
 
     def stages(self, m: Roles, data: Any) -> Generator[Stage, Any, None]:
