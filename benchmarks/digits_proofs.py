@@ -16,29 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from fewstep import TASKS, generate, judge, judged, once, teacher
 from fewstep_models import CLASSES, FLOW
 from measuring import machine, options, report
 from torch import Tensor, nn
 
-from limbeck import Batch, Optim, Roles, Update
+from limbeck import Optim, Roles
 from limbeck.convert.steps import ToExperts
 from limbeck.core.source import Source
 from limbeck.data import Data, TensorSource
 from limbeck.data.noise import Noise
-from limbeck.diffusion import Draws, flow, surrogate
-from limbeck.diffusion.objectives import vsd_gradient
-from limbeck.diffusion.scores import noisy, predicted
+from limbeck.diffusion import flow
 from limbeck.evaluate.budget import Passes
 from limbeck.methods.phased_dmd.method import PhasedDMD
 from limbeck.methods.phased_dmd.proof import ByTime
 from limbeck.methods.swiftbrush.method import SwiftBrush
+from limbeck.methods.swiftbrush.proof import GUIDANCE, regress, sds
 from limbeck.prove import Arm, Comparison, Proof, Trial, fit, run_proof, seeded
 
 NAME, STEPS, RATES, COUNT = "digits-unet", 240, (1e-4, 3e-4), 2000
 TASK = TASKS[NAME]
-SWIFTBRUSH = SwiftBrush(guidance=2.0)
+SWIFTBRUSH = SwiftBrush(guidance=GUIDANCE)
 PHASED = PhasedDMD(guidance=1.0, fake_steps=1, weight="dmd")
 
 
@@ -60,22 +58,6 @@ def train(program: Any, m: Roles, data: Source | Data, lr: float, seed: int, ste
 
 
 # With classes
-
-
-def sds(m: Roles, batch: Batch) -> Update:
-    """The drawn noise in the place of the score of the samples."""
-    draws = Draws(m, batch)
-    x = SWIFTBRUSH.generate(m, batch)
-    x_t, t = noisy(FLOW, draws, "student", x.detach(), *SWIFTBRUSH.times)
-    with torch.no_grad():
-        real = predicted(m.teacher, x_t, t, batch.y, SWIFTBRUSH.guidance)
-    return Update("student", surrogate(x, vsd_gradient(real, x.detach(), *FLOW.factors(t, x))))
-
-
-def regress(m: Roles, batch: Batch) -> Update:
-    """One call to where the teacher's flow ends."""
-    z, target = batch.x.chunk(2, 1)
-    return Update("student", F.mse_loss(m.student(z, t=torch.ones(len(z)), condition=batch.y), target))
 
 
 @cache
