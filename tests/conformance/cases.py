@@ -36,8 +36,6 @@ from limbeck.teachers import Ensemble
 INPUTS, CLASSES = 6, 5
 ENGINE = Engine(steps=16, batch_size=16, device="cpu", checkpoint_every=3, log_every=1, evaluate_every=0)
 SGD = Optim("sgd", lr=0.1, momentum=0.9)
-# With a smaller eps Adam makes the rounding of tiny gradients as large as a step.
-IMAGES = Optim("adam", lr=0.1, eps=1e-4)
 
 
 def data() -> Data:
@@ -360,7 +358,7 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
             label_operations=(),
         ),
         "roles": remembering,
-        "optim": IMAGES,
+        "optim": Optim("adam", lr=0.1),
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
     },
     "cv_dd": {
@@ -368,13 +366,15 @@ WORLDS: Mapping[str, Mapping[str, Any]] = {
             init="real", priors=(60.0, 65.0, 50.0), operations=(), clip=None, label_epochs=2, label_operations=()
         ),
         "roles": partial(remembering, 3),
-        "optim": IMAGES,
+        "optim": Optim(
+            "adam", lr=0.1, eps=1e-4
+        ),  # a smaller one makes the rounding of tiny gradients as large as a step
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
     },
     "infer": {
         "method": lambda: registry.find("infer")(operations=(), clip=None, label_epochs=2, label_operations=()),
         "roles": partial(remembering, 2),
-        "optim": IMAGES,
+        "optim": Optim("adam", lr=0.1),
         "exceptions": {"own_loop": CHAIN, "no_wait": CHAIN},
     },
     "embedding": {"exceptions": {"micro_batches": BATCH_WIDE, "processes": BATCH_WIDE}},

@@ -120,7 +120,7 @@ def test_micro_batches_equal_one_batch(name):
         torch.testing.assert_close(bits(parts.roles)[key], value, rtol=0, atol=1e-6)
     for row, expected in zip(rows(parts), rows(result), strict=True):
         for key in expected.keys() & {"train/loss/student", "train/loss/critic", "train/loss/generator"}:
-            assert row[key] == pytest.approx(expected[key], rel=1e-6, abs=1e-5)
+            assert row[key] == pytest.approx(expected[key], abs=1e-5)
 
 
 # Resuming

@@ -10,7 +10,7 @@ from limbeck.data import Data, TensorSource
 from limbeck.data.categorical import Columns, biased_table, table_data
 from limbeck.data.held_out import load_condensed
 from limbeck.data.options import DataOptions
-from limbeck.data.synthetic import SyntheticImages, SyntheticTable
+from limbeck.data.synthetic import SyntheticImages, SyntheticTable, load_synthetic
 from limbeck.nn.mlp import mlp
 
 
@@ -30,8 +30,9 @@ def test_a_synthetic_table_is_kept_with_its_meaning(tmp_path):
     assert made.bytes() == {"codes": 800, "groups": 100}
     assert made.source().x.equal(columns.source(table).x)
     (tmp_path / "synthetic.json").write_text("{")
-    with pytest.raises(UsageError, match="cannot be read"):
-        SyntheticTable.load(tmp_path)
+    for load in (SyntheticTable.load, load_synthetic):
+        with pytest.raises(UsageError, match="cannot be read"):
+            load(tmp_path)
     with pytest.raises(UsageError, match="no synthetic table"):
         SyntheticTable.load(tmp_path / "other")
 

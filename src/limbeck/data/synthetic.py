@@ -160,7 +160,7 @@ def load_synthetic(path: str | os.PathLike[str]) -> SyntheticTable | SyntheticIm
     """
     if (folder := _folder(path)) is None:
         return None
-    images = json.loads((folder / NOTES).read_text(encoding="utf-8")).get("kind") == "images"
+    images = _notes(folder).get("kind") == "images"
     return (SyntheticImages if images else SyntheticTable).load(folder)
 
 
@@ -201,8 +201,8 @@ def _save(
 def _load(path: str | os.PathLike[str], kind: str, make: Callable[[Any, dict[str, Tensor]], _T]) -> _T:
     if (folder := _folder(path)) is None:
         raise UsageError(f"this folder holds no synthetic {kind}", where=path, expected=f"{DATA} and {NOTES}")
+    notes = _notes(folder)
     try:
-        notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
         if notes["kind"] != kind:
             raise UsageError(
                 "what this folder holds is of another kind", where=folder, found=notes["kind"], expected=kind
@@ -215,3 +215,10 @@ def _load(path: str | os.PathLike[str], kind: str, make: Callable[[Any, dict[str
 def _folder(path: str | os.PathLike[str]) -> Path | None:
     folders = [Path(path), *sorted(Path(path).glob("artefacts/*"))]
     return next((f for f in folders if (f / NOTES).is_file()), None)
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / NOTES).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError("what was drawn in this folder cannot be read", where=folder, found=error) from None
