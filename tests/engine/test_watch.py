@@ -14,7 +14,7 @@ from limbeck import Engine, Method, Optim, Roles, Update
 from limbeck.core.limits import Limit
 from limbeck.core.stages import Train
 from limbeck.data import TensorSource
-from limbeck.engine.progress import Silent
+from limbeck.engine.progress import Lines, Silent
 from limbeck.engine.run import execute
 from limbeck.engine.watch import Watch
 
@@ -97,3 +97,9 @@ def test_a_follower_that_diverges_is_named_and_a_sound_one_is_not(rate: float, l
     execute(DisBack(nodes=()), m, data, engine, optim=optim, progress=heard)
     assert any("'fake' has lost" in text for text in heard.said) == lost
     assert lost or not heard.said
+
+
+def test_a_conversion_is_announced_without_steps(capsys):
+    for name, total in (("copy the teacher", None), ("train", 3)):
+        Lines().stage(name, total)
+    assert capsys.readouterr().err.splitlines() == ["copy the teacher", "train: 3 steps"]
