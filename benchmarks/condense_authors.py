@@ -67,7 +67,8 @@ def images(each: int) -> Condensed:
 
 
 def seconds(call: Callable[[int], Any]) -> float:
-    """Of one step: of many less few."""
+    """Of one step: of many less few, after a first call, in which the process grows to the memory that it needs."""
+    call(FEW)
     times = []
     for steps in (FEW, MANY):
         start = time.process_time()

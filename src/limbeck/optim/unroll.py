@@ -126,7 +126,8 @@ class _Unrolled(torch.autograd.Function):
             w = w.detach()
             path[-1] = w
             m = momentum * m + g if momentum else g
-            speeds.append(m)
+            if momentum:
+                speeds.append(m)
             w = w - step_size.detach() * m
             if i + 1 in marks:
                 found[i + 1] = w
@@ -144,7 +145,6 @@ class _Unrolled(torch.autograd.Function):
         for i in reversed(range(steps)):
             if arriving.get(i + 1) is not None:
                 pull_w = pull_w + arriving[i + 1]
-            to_size = to_size - (pull_w * ctx.speeds[i]).sum()
             pull_m = momentum * pull_m - step_size * pull_w
             with torch.enable_grad():
                 w, x = ctx.path[i].requires_grad_(), data.detach().requires_grad_()
@@ -152,6 +152,7 @@ class _Unrolled(torch.autograd.Function):
                 wanted = (x, w) if i and not tesla else (x,)  # nobody asks for the gradient of the start
                 back = torch.autograd.grad(g, wanted, pull_m, allow_unused=True)
             ctx.path[i].requires_grad_(False)
+            to_size = to_size - (pull_w * (ctx.speeds[i] if momentum else g.detach())).sum()
             to_data = to_data + (0 if back[0] is None else back[0])
             if len(back) > 1 and back[1] is not None:
                 pull_w = pull_w + back[1]

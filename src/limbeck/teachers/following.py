@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -98,14 +99,15 @@ class Following:
 
         return loss
 
-    def _rows(self, count: int, key: int) -> list[Tensor]:
+    def _rows(self, count: int, key: int) -> list[Any]:
         """Which samples each step sees."""
-        size = min(self.batch_size or count, count)
+        size = self.batch_size or count
+        if size >= count:
+            return [slice(None)] * self.student_steps
         rng = np.random.default_rng(key & 0xFFFFFFFF)
-        rows: list[Tensor] = []
+        rows: list[Any] = []
         while len(rows) < self.student_steps:
-            order = torch.arange(count) if size == count else torch.from_numpy(rng.permutation(count))
-            rows += list(order.split(size))
+            rows += torch.from_numpy(rng.permutation(count)).split(size)
         return rows[: self.student_steps]
 
 

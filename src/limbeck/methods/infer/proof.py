@@ -13,7 +13,7 @@ from limbeck.prove import Arm, Comparison, Proof, Trial
 from limbeck.teachers.relabel import epoch_labels, mean_logits, static_labels, with_labels
 from limbeck.teachers.statistics import Recovery
 
-RATES = (0.01, 0.03, 0.1, 0.3)
+RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 METHOD = INFER(bn_weight=0.05, label_operations=("roll",), label_batch_size=25, temperature=10.0)
 SRE2L = DWA(rho=0.0, variance_weight=1.0, bn_weight=0.05, label_epochs=0)
 
