@@ -44,7 +44,7 @@ def test_help_works_and_does_not_import_torch():
 
 def test_the_command_is_installed():
     assert PROJECT["scripts"] == {"limbeck": "limbeck.cli:main"}
-    assert python("-c", "from limbeck.cli import main; main(['--version'])").strip() == f"limbeck {limbeck.__version__}"
+    assert python("-m", "limbeck", "--version").strip() == f"limbeck {limbeck.__version__}"
 
 
 def test_every_public_name_loads():
