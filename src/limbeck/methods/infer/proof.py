@@ -29,7 +29,7 @@ def transfer(seed: int, small: Condensed) -> float:
         for unit, added in enumerate(u):
             role, recovery = m[f"teacher_{unit % len(m.teachers)}"], Recovery(METHOD.bn_weight)
             gains.append(recovery(role, batch.x, batch.y) - recovery(role, (batch.x + added).clamp(0, 1), batch.y))
-    return float(torch.stack(gains).mean())
+    return float(torch.stack(gains).mean().detach())
 
 
 def run(method: INFER | DWA | None, dynamic: bool, seed: int, lr: float) -> Trial:
