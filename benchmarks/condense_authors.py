@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -84,7 +85,7 @@ def turns(part: str, given: argparse.Namespace) -> dict[str, Any]:
     call = [sys.executable, __file__, "--ftd", str(given.ftd), "--dwa", str(given.dwa), "--alone", part]
     for _ in range(given.rounds):
         for name in names:
-            told = subprocess.run([*call, name], check=True, capture_output=True, text=True).stdout
+            told = subprocess.run([*call, name], check=True, stdout=subprocess.PIPE, text=True).stdout
             times[name].append(float(told.split()[-1]))
     own = {
         f"theirs / ours, {name}": spread([a / b for a, b in zip(times["theirs"], times[name], strict=True)])
@@ -102,7 +103,7 @@ def gap(a: Tensor, b: Tensor) -> float:
 
 
 @contextmanager
-def trajectories(folder: Path) -> Iterator[tuple[float, Calls]]:
+def trajectories(folder: Path) -> Iterator[tuple[Callable[[], float], Calls]]:
     """How far the gradients are apart, and both sides' loops."""
     networks, flat = module(folder, "networks"), module(folder, "reparam_module").ReparamModule
     small = images(10)
@@ -117,11 +118,14 @@ def trajectories(folder: Path) -> Iterator[tuple[float, Calls]]:
     with tempfile.TemporaryDirectory() as kept:
         train_experts(net, source, kept, method.expert_training)
         experts = Trajectories(kept, net, method.expert_training)
-        start, target = experts(0, 0), experts(0, 2)
+
+        def ends(x: Tensor) -> list[Tensor]:
+            return [experts(0, epoch).to(x.dtype) for epoch in (0, 2)]
 
         def matched(x: Tensor, size: Tensor) -> Tensor:
             """Their inner loop."""
-            student, params = flat(make()), [start.clone().requires_grad_()]
+            start, target = ends(x)
+            student, params = flat(make().to(x.dtype)), [start.clone().requires_grad_()]
             student.train()
             for _ in range(INNER):
                 rows = torch.randperm(len(x))  # as they draw batches, here of all
@@ -148,18 +152,21 @@ def trajectories(folder: Path) -> Iterator[tuple[float, Calls]]:
             optim = {"student": Optim("sgd", lr=1.0, momentum=0.5)}
             fit(kind(**vars(replace(method, form=form))), m, Data(train=source), optim, steps=steps, batch_size=1)  # type: ignore[arg-type]
 
-        def inner(w: Tensor, i: int, x: Tensor) -> Tensor:
-            return F.cross_entropy(call_flat(net, w, x), small.y)
+        def apart() -> float:
+            """In double precision: in single, ReLUs change sides with the order of images, which was seen to make 0.006."""
+            x, size = small.x.detach().double().requires_grad_(), torch.tensor(SIZE).double()
+            double = deepcopy(net).double()
+            (there,) = torch.autograd.grad(matched(x, size), x)
+            start, target = ends(x)
+            (end,) = unroll(lambda w, i, x: F.cross_entropy(call_flat(double, w, x), small.y), start, x, size, INNER)
+            (here,) = torch.autograd.grad(trajectory_matching(end, start, target), x)
+            return gap(there, here)
 
-        x, size = small.x.detach().clone().requires_grad_(), torch.tensor(SIZE)
-        (there,) = torch.autograd.grad(matched(x, size), x)
-        (end,) = unroll(inner, start, x, size, INNER)
-        (here,) = torch.autograd.grad(trajectory_matching(end, start, target), x)
-        yield gap(there, here), {"theirs": theirs, "full": partial(ours, "full"), "constant": partial(ours, "constant")}
+        yield apart, {"theirs": theirs, "full": partial(ours, "full"), "constant": partial(ours, "constant")}
 
 
 @contextmanager
-def statistics(folder: Path) -> Iterator[tuple[float, Calls]]:
+def statistics(folder: Path) -> Iterator[tuple[Callable[[], float], Calls]]:
     """How far the gradients are apart, and both sides' loops."""
     utils = module(folder / "distillation", "utils")
     small = images(1)
@@ -194,12 +201,15 @@ def statistics(folder: Path) -> Iterator[tuple[float, Calls]]:
         source = TensorSource(small.x.detach(), small.y)
         fit(method, m, Data(train=source), {"student": Optim("adam", lr=0.1, betas=(0.5, 0.9))}, steps=steps)
 
-    hooks, x = hooked(), small.x.detach().clone().requires_grad_()
-    (there,) = torch.autograd.grad(recovered(hooks, x), x)
-    for hook in hooks:
-        hook.close()
-    (here,) = torch.autograd.grad(Recovery(WEIGHT)(Role("teacher", net), x, small.y), x)
-    yield gap(there, here), {"theirs": theirs, "a run": ours}
+    def apart() -> float:
+        hooks, x = hooked(), small.x.detach().clone().requires_grad_()
+        (there,) = torch.autograd.grad(recovered(hooks, x), x)
+        for hook in hooks:
+            hook.close()
+        (here,) = torch.autograd.grad(Recovery(WEIGHT)(Role("teacher", net), x, small.y), x)
+        return gap(there, here)
+
+    yield apart, {"theirs": theirs, "a run": ours}
 
 
 def main() -> None:
@@ -219,7 +229,8 @@ def main() -> None:
             if given.alone:
                 print(seconds(calls[given.alone[1]]))
                 return
-        result[part] = {"gap of the gradients": apart, **turns(part, given)}
+            same = apart()
+        result[part] = {"gap of the gradients": same, **turns(part, given)}
     report(result, given.out)
 
 
