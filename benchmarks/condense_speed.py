@@ -3,18 +3,21 @@
     python benchmarks/condense_speed.py --out benchmarks/results/condense-speed.json
 
 - An epoch of 20 experts trained side by side (`vmap` over stacked weights) against one after another, each a plain loop of
-  torch: 1,257 digits, batches of 64, an MLP 64-64-10 and a ConvNet of two blocks of 16 channels.
+  torch: 1,257 digits, batches of 64, an MLP 64-64-10 and a ConvNet of two blocks of 16 channels; seconds, on one and two threads.
 - Trajectory matching with 5, 20 and 50 inner steps, ConvNet, 100 images: time of a step in constant memory over the full graph's,
   and the memory of each at its peak, by the records of torch's allocator.
-- The same step over one written as the published code of MTT is: flat parameters through `functional_call`, a graph of all steps.
+- The same step over one written as the published code of MTT is: flat parameters through torch's `functional_call`, and all of
+  it differentiated by torch.
 - A step of recovery from batch statistics, 10 images of each of 10 classes in 10 slots: slot after slot over all of them in one
   call, by ConvNets of three blocks of 32 channels with batch normalisation, at 8 and 32 pixels.
 
-Times are of the process's CPU, on one thread; what is compared takes turns.
+Times are of the process's CPU, on one thread, where nothing else is said; what is compared takes turns, in an order that is drawn
+for each round: what was freed before decides what memory costs.
 """
 
 from __future__ import annotations
 
+import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from measuring import machine, options, report, spread
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.profiler import ProfilerActivity, profile
 
 from limbeck.core.roles import Role
@@ -69,9 +73,11 @@ def published(
     net: nn.Module, start: Tensor, images: Tensor, y: Tensor, size: Tensor, steps: int, target: Tensor
 ) -> Tensor:
     """The inner loop of MTT's code, from its description: a list of flat parameters, all in one graph."""
-    params = [start.detach().requires_grad_()]
+    params, shapes = [start.detach().requires_grad_()], {name: p.shape for name, p in net.named_parameters()}
     for _ in range(steps):
-        loss = F.cross_entropy(call_flat(net, params[-1], images), y)
+        parts = zip(shapes.items(), params[-1].split([s.numel() for s in shapes.values()]), strict=True)
+        named = {name: part.view(shape) for (name, shape), part in parts}
+        loss = F.cross_entropy(functional_call(net, named, (images,)), y)
         (g,) = torch.autograd.grad(loss, params[-1], create_graph=True)
         params.append(params[-1] - size * g)
     whole = F.mse_loss(params[-1], target, reduction="sum") / F.mse_loss(start, target, reduction="sum")
@@ -129,14 +135,16 @@ def peak(step: Callable[[], None]) -> int:
     return top
 
 
-def turns(what: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def turns(
+    what: dict[str, Callable[[], None]], rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in what}
     for k in range(rounds + 1):
-        for name, call in what.items():
-            start = time.process_time()
-            call()
+        for name in random.Random(k).sample(list(what), len(what)):
+            start = clock()
+            what[name]()
             if k:
-                times[name].append(time.process_time() - start)
+                times[name].append(clock() - start)
     return times
 
 
@@ -148,13 +156,17 @@ def main() -> None:
     source = TensorSource(batch.x, batch.y)
     result: dict[str, Any] = {"machine": machine("limbeck"), "experts": {}, "matching": {}, "recovery": {}}
     for name, make in NETWORKS.items():
-        net = seeded(0, make)
-        times = turns({
-            "together": lambda net=net: together(net, source, args.experts),
-            "one by one": lambda net=net: one_by_one(net, source, args.experts),
-        }, args.rounds)  # fmt: skip
-        pairs = zip(times["one by one"], times["together"], strict=True)
-        result["experts"][name] = {"one by one / together": spread([a / b for a, b in pairs])}
+        net, found = seeded(0, make), {}
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            times = turns({
+                "together": lambda net=net: together(net, source, args.experts),
+                "one by one": lambda net=net: one_by_one(net, source, args.experts),
+            }, args.rounds, time.perf_counter)  # fmt: skip
+            pairs = zip(times["one by one"], times["together"], strict=True)
+            found[f"{threads} threads"] = spread([a / b for a, b in pairs])
+        torch.set_num_threads(1)
+        result["experts"][name] = {"one by one / together": found}
     for steps in (5, 20, 50):
         forms = {form: matching(form, steps) for form in ("full", "constant", "published")}
         times = turns(forms, args.rounds)

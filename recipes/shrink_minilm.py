@@ -6,6 +6,7 @@ python recipes/shrink_minilm.py --out shrink      # about five minutes on two co
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def shrink(out: Path, steps: int = 120, batch_size: int = 64, texts: int | None 
         out: A folder.
         steps: Updates of each of the two trainings.
         batch_size: Texts of a step.
-        texts: How many of the training texts are used. Default: all.
+        texts: How many texts to train on, and pairs and texts to be judged on. Default: all.
 
     Returns:
         A row for each step: what it is, its retrieval on held-out modules, size and speed.
@@ -48,7 +49,7 @@ def shrink(out: Path, steps: int = 120, batch_size: int = 64, texts: int | None 
     teacher = load_encoder(BUNDLED)
     corpus = load_corpus()
     data = Data(train=TextSource(corpus.train.texts[:texts], teacher.tokenize, max_length=128))
-    judge = Judge(corpus.test, teacher)
+    judge = Judge(replace(corpus.test, texts=corpus.test.texts[:texts], pairs=corpus.test.pairs[:texts]), teacher)
     example = teacher.tokens(list(corpus.test.texts[:8])).padded(torch.arange(8))
     rows: list[dict[str, Any]] = []
 

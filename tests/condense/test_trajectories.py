@@ -88,28 +88,25 @@ def test_killed_after_an_epoch_it_ends_in_the_same_bits(momentum, tmp_path, monk
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_the_direction_of_sharpness_aware_descent(adaptive):
     torch.manual_seed(0)
-    weights, target = {"w": torch.randn(5, dtype=torch.float64)}, torch.randn(5, dtype=torch.float64)
+    weights, target = torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
     seen = []
 
     def gradient(w):
-        seen.append(w["w"])
-        return {"w": (w["w"] - target) * torch.arange(1.0, 6.0, dtype=torch.float64)}
+        seen.append(w)
+        return (w - target) * torch.arange(1.0, 6.0, dtype=torch.float64)
 
-    def norm(g):
-        return sum(v.square().sum() for v in g.values()).sqrt()
-
-    plain = gradient(weights)
-    sam = _sharpness_aware(gradient, weights, plain, ExpertTraining(radius=0.1, adaptive=adaptive), norm)
-    moved = seen[-1] - weights["w"]
-    assert (moved / weights["w"].abs() if adaptive else moved).norm().item() == pytest.approx(0.1)
-    assert sam["w"].equal(seen and gradient({"w": weights["w"] + moved})["w"])
-    gsam = _sharpness_aware(
-        gradient, weights, plain, ExpertTraining(radius=0.1, adaptive=adaptive, gsam_alpha=0.7), norm
-    )
-    orthogonal = (sam["w"] - gsam["w"]) / 0.7
-    assert (orthogonal @ sam["w"]).abs().item() < 1e-12
-    along = plain["w"] - orthogonal
-    torch.testing.assert_close(along / along.norm(), sam["w"] / sam["w"].norm() * (along @ sam["w"]).sign())
+    plain, sam_only = gradient(weights), ExpertTraining(radius=0.1, adaptive=adaptive)
+    sam = _sharpness_aware(gradient, weights, plain, sam_only)
+    moved = seen[-1] - weights
+    sizes = (moved / weights.abs() if adaptive else moved).norm(dim=1)
+    torch.testing.assert_close(sizes, torch.full((2,), 0.1, dtype=torch.float64))  # each expert by itself
+    assert sam.equal(gradient(weights + moved))
+    gsam = _sharpness_aware(gradient, weights, plain, replace(sam_only, gsam_alpha=0.7))
+    orthogonal = (sam - gsam) / 0.7
+    assert (orthogonal * sam).sum(1).abs().max().item() < 1e-12
+    along = plain - orthogonal
+    sign = (along * sam).sum(1, keepdim=True).sign()
+    torch.testing.assert_close(F.normalize(along), F.normalize(sam) * sign)
 
 
 def test_without_a_radius_descent_is_plain(tmp_path):

@@ -15,7 +15,7 @@ def test_every_step_has_its_price(tmp_path, monkeypatch):
     sys.modules.pop("shrink_minilm", None)
     from shrink_minilm import shrink
 
-    rows = {row["step"]: row for row in shrink(tmp_path, steps=2, batch_size=8, texts=64)}
+    rows = {row["step"]: row for row in shrink(tmp_path, steps=2, batch_size=8, texts=128)}
     sizes = [rows[name]["bytes"] for name in ("teacher", "sliced", "2:4, stored as such", "2:4, int8")]
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) == 4

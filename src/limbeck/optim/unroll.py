@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from limbeck.core.errors import UsageError
+from limbeck.nn.group_norm import QuickGroupNorm
 
 Form = Literal["full", "constant", "tesla"]
 FORMS = ("full", "constant", "tesla")
@@ -39,7 +40,8 @@ def call_flat(network: nn.Module, flat: Tensor, x: Any) -> Tensor:
         )
     parts = zip(shapes.items(), flat.split(sizes), strict=True)
     named = {name: part.view(shape) for (name, shape), part in parts}
-    return functional_call(network, named, (x,))
+    with QuickGroupNorm():
+        return functional_call(network, named, (x,))
 
 
 def unroll(

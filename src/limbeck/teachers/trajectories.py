@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import vmap
 
 from limbeck.core.batch import Batch
 from limbeck.core.errors import UsageError
@@ -26,7 +27,7 @@ from limbeck.data.ids import digest, mix
 from limbeck.data.sources import Rows
 from limbeck.evaluate.condensation import fresh
 from limbeck.losses.trajectory import input_gradient_norm
-from limbeck.optim.unroll import flatten
+from limbeck.optim.unroll import call_flat, flatten
 from limbeck.teachers.fingerprint import structure
 
 _NOTES, _BEGUN = "experts.json", "begun.json"
@@ -229,28 +230,25 @@ def train_experts(
     notes["data"] = source.fingerprint()
     _begin(folder, notes)
     done = sorted(folder.glob("epoch-*.safetensors"))
-    stacked = _first(network, training) if not done else _state(done[-1], "weights", network)
-    speeds = None if not done else _state(done[-1], "momentum", network)
+    last = load_file(done[-1]) if done else {"weights": _first(network, training)}
+    weights, speeds = last["weights"], last.get("momentum")
     step = _step(network, training)
     loss = torch.zeros(training.count)
     with torch.enable_grad():
         if not done:
-            _write(folder, 0, stacked, None)
+            _write(folder, 0, weights, None)
         for epoch in range(max(0, len(done) - 1), training.epochs):
             late = training.epochs // 2 + 1 + training.drop_after
             if epoch == late and training.drop != 1:
                 speeds = None
             rate = training.lr * (training.drop if epoch >= late else 1.0)
-            total, batches = torch.zeros(training.count), _batches(source, training, epoch)
-            for x, seen, y in batches:
-                gradients, losses = step(stacked, x, seen, y, epoch)
-                speeds = gradients if speeds is None or not training.momentum else {
-                    n: training.momentum * speeds[n] + g for n, g in gradients.items()
-                }  # fmt: skip
-                stacked = {n: w - rate * speeds[n] for n, w in stacked.items()}
-                total += losses
-            loss = total
-            _write(folder, epoch + 1, stacked, speeds if training.momentum else None)
+            loss = torch.zeros(training.count)
+            for x, seen, y in _batches(source, training, epoch):
+                g, losses = step(weights, x, seen, y, epoch)
+                speeds = training.momentum * speeds + g if training.momentum and speeds is not None else g
+                weights = weights - rate * speeds
+                loss += losses
+            _write(folder, epoch + 1, weights, speeds if training.momentum else None)
     write_text(folder / _NOTES, json.dumps(notes, indent=1) + "\n")
     return {"experts": training.count, "epochs": training.epochs, "parameters": parameters, "loss": float(loss.mean())}
 
@@ -284,54 +282,39 @@ def check_network(network: nn.Module) -> None:
             )  # fmt: skip
 
 
-def _step(network: nn.Module, training: ExpertTraining) -> Callable[..., tuple[dict[str, Tensor], Tensor]]:
-    """Gradients of all experts for their batches, by name, and losses `[K]`."""
+def _step(network: nn.Module, training: ExpertTraining) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Gradients of all experts for their batches `[K, P]`, and losses `[K]`."""
+    each = vmap(partial(call_flat, network))
 
-    def loss(weights: Mapping[str, Tensor], x: Tensor, seen: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-        value = scale * F.cross_entropy(functional_call(network, dict(weights), (seen,)), y)
+    def gradient(weights: Tensor, x: Tensor, seen: Tensor, y: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        weights = weights.detach().requires_grad_()
+        logits = each(weights, seen).flatten(0, 1)
+        losses = scale * F.cross_entropy(logits, y.flatten(), reduction="none").view(y.shape).mean(1)
         if training.penalty:
-            slope = grad(lambda x: functional_call(network, dict(weights), (x,)).sum())(x)
-            value = value + training.penalty * (input_gradient_norm(slope, training.norm) - 1).square().mean()
-        return value
+            x = x.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(each(weights, x).sum(), x, create_graph=True)
+            norms = input_gradient_norm(slope.flatten(0, 1), training.norm)
+            losses = losses + training.penalty * (norms - 1).square().view(len(y), -1).mean(1)
+        return torch.autograd.grad(losses.sum(), weights)[0], losses.detach()
 
-    def flat_norm(g: Mapping[str, Tensor]) -> Tensor:
-        return sum((v.square().sum() for v in g.values()), torch.zeros(())).sqrt()
-
-    def one(weights: Mapping[str, Tensor], *batch: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        g, value = torch.func.grad_and_value(loss)(weights, *batch)
+    def step(weights: Tensor, x: Tensor, seen: Tensor, y: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        scale = min(1.0, 0.5 + 0.05 * epoch) if training.ramp else 1.0
+        g, losses = gradient(weights, x, seen, y, scale)
         if training.radius:
-            g = _sharpness_aware(lambda w: grad(loss)(w, *batch), weights, g, training, flat_norm)
-        if training.weight_decay:
-            g = {n: v + training.weight_decay * weights[n] for n, v in g.items()}
-        return g, value
-
-    together = vmap(one, in_dims=(0, 0, 0, 0, None))
-
-    def step(stacked: Mapping[str, Tensor], x: Tensor, seen: Tensor, y: Tensor, epoch: int) -> Any:
-        scale = torch.tensor(min(1.0, 0.5 + 0.05 * epoch) if training.ramp else 1.0)
-        gradients, losses = together(stacked, x, seen, y, scale)
-        return {n: g.detach() for n, g in gradients.items()}, losses.detach()
+            g = _sharpness_aware(lambda w: gradient(w, x, seen, y, scale)[0], weights, g, training)
+        return g + training.weight_decay * weights if training.weight_decay else g, losses
 
     return step
 
 
-def _sharpness_aware(
-    again: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]],
-    weights: Mapping[str, Tensor],
-    g: Mapping[str, Tensor],
-    training: ExpertTraining,
-    norm: Callable[[Mapping[str, Tensor]], Tensor],
-) -> dict[str, Tensor]:
-    """GSAM's direction: the gradient where the loss is high, less what the plain one has at right angles to it."""
-    scaled = {n: weights[n].abs() * v for n, v in g.items()} if training.adaptive else g
-    size = training.radius / (norm(scaled) + 1e-12)
-    moved = {n: size * (weights[n].square() * v if training.adaptive else v) for n, v in g.items()}
-    perturbed = again({n: w + moved[n] for n, w in weights.items()})
+def _sharpness_aware(again: Callable[[Tensor], Tensor], weights: Tensor, g: Tensor, training: ExpertTraining) -> Tensor:
+    """GSAM's direction `[K, P]`: the gradient where the loss is high, less what the plain one has at right angles to it."""
+    size = training.radius / ((weights * g if training.adaptive else g).norm(dim=-1, keepdim=True) + 1e-12)
+    perturbed = again(weights + size * (weights.square() * g if training.adaptive else g))
     if not training.gsam_alpha:
-        return dict(perturbed)
-    squared = norm(perturbed).square() + 1e-24
-    inner = sum(((g[n] * v).sum() for n, v in perturbed.items()), torch.zeros(()))
-    return {n: v - training.gsam_alpha * (g[n] - inner / squared * v) for n, v in perturbed.items()}
+        return perturbed
+    along = (g * perturbed).sum(-1, keepdim=True) / (perturbed.square().sum(-1, keepdim=True) + 1e-24)
+    return perturbed - training.gsam_alpha * (g - along * perturbed)
 
 
 def _batches(source: Source, training: ExpertTraining, epoch: int) -> Any:
@@ -353,36 +336,21 @@ def _batches(source: Source, training: ExpertTraining, epoch: int) -> Any:
         yield x.view(shape), seen.reshape(shape), batch.y.view(shape[:2])
 
 
-def _first(network: nn.Module, training: ExpertTraining) -> dict[str, Tensor]:
-    """New weights for each expert, stacked by name."""
+def _first(network: nn.Module, training: ExpertTraining) -> Tensor:
+    """New weights for each expert `[K, P]`."""
     nets = [fresh(network, training.seed * 1_000_003 + k) for k in range(training.count)]
-    named = [dict(net.named_parameters()) for net in nets]
-    return {name: torch.stack([params[name].detach() for params in named]) for name in named[0]}
+    return torch.stack([flatten([p.detach() for p in net.parameters()]) for net in nets])
 
 
-def _write(folder: Path, epoch: int, stacked: Mapping[str, Tensor], speeds: Mapping[str, Tensor] | None) -> None:
+def _write(folder: Path, epoch: int, weights: Tensor, speeds: Tensor | None) -> None:
     """An epoch's weights `[K, P]`; the momentum is kept with the last epoch alone."""
-    tensors = {"weights": torch.cat([w.flatten(1) for w in stacked.values()], 1)}
-    if speeds is not None:
-        tensors["momentum"] = torch.cat([m.flatten(1) for m in speeds.values()], 1)
+    tensors = {"weights": weights} if speeds is None else {"weights": weights, "momentum": speeds}
     with aside(folder / f"epoch-{epoch:04d}.safetensors") as scratch:
         save_file(tensors, scratch)
     earlier = folder / f"epoch-{epoch - 1:04d}.safetensors"
     if speeds is not None and earlier.is_file() and "momentum" in (old := load_file(earlier)):
         with aside(earlier) as scratch:
             save_file({"weights": old["weights"]}, scratch)
-
-
-def _state(path: Path, key: str, network: nn.Module) -> Any:
-    """Stacked tensors by name from a file; None where it has none of that kind."""
-    flat = load_file(path).get(key)
-    if flat is None:
-        return None
-    found, at = {}, 0
-    for name, p in network.named_parameters():
-        found[name] = flat[:, at : at + p.numel()].reshape(len(flat), *p.shape).clone()
-        at += p.numel()
-    return found
 
 
 def _shapes(network: nn.Module) -> dict[str, list[int]]:
