@@ -10,6 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from limbeck.core.memory import keep_freed_memory
+
+keep_freed_memory()  # as the command line does
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():

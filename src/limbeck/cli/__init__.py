@@ -8,6 +8,7 @@ import typer
 from limbeck import __version__
 from limbeck.cli import distill, inspect, methods, prove, results, run
 from limbeck.core.errors import LimbeckError
+from limbeck.core.memory import keep_freed_memory
 
 app = typer.Typer(
     help="Distil something big into something small, and see the evidence. Add --debug to any command for a traceback.",
@@ -46,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         True
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        keep_freed_memory()
     debug = "--debug" in words
     try:
         app([word for word in words if word != "--debug"], prog_name="limbeck")

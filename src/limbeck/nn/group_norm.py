@@ -1,4 +1,4 @@
-"""Group normalisation for trainings that are differentiated: its second derivative in closed form, many networks in one call."""
+"""Group normalisation for trainings that are differentiated: its second derivative in closed form."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class QuickGroupNorm(TorchFunctionMode):
-    """Within, `F.group_norm` gives what it always gives, and is quicker to differentiate twice and under `vmap`.
+    """Within, `F.group_norm` gives what it always gives, and takes less time and memory to differentiate twice.
 
     torch writes the derivative as a dozen operations where it has to be differentiated again, and keeps what each of them needs;
-    here it is torch's one kernel, and the second derivative is written out (`_Derivative.backward`). Under `vmap` the networks
-    are groups of one wide network.
+    here it is torch's one kernel, and the second derivative is written out (`_Derivative.backward`). Not for `vmap`.
 
     Example:
         >>> norm, x = torch.nn.GroupNorm(2, 4), torch.randn(3, 4, 5)
@@ -44,7 +43,7 @@ def _group_norm(
     )  # fmt: skip
     if not usual:
         return F.group_norm(input, num_groups, weight, bias, eps)
-    out: Tensor = _GroupNorm.apply(input, weight, bias, num_groups, eps)[0]
+    out: Tensor = _GroupNorm.apply(input, weight, bias, num_groups, eps)
     return out
 
 
@@ -52,34 +51,16 @@ class _GroupNorm(Function):
     """`weight (x - mean) rstd + bias`, mean and deviation over a group's channels and positions."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        n, c, *rest = x.shape
-        return torch.ops.aten.native_group_norm(x.contiguous(), weight, bias, n, c, prod(rest), groups, eps)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        (x, weight, _, groups, _), (_, mean, rstd) = inputs, output
-        ctx.mark_non_differentiable(mean, rstd)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        (n, c, *rest), x = x.shape, x.contiguous()
+        out, mean, rstd = torch.ops.aten.native_group_norm(x, weight, bias, n, c, prod(rest), groups, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.groups = groups
+        ctx.groups, ctx.eps = groups, eps
+        return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
-        return *_Derivative.apply(gradient, *ctx.saved_tensors, ctx.groups), None, None
-
-    @staticmethod
-    def vmap(
-        info: Any, in_dims: tuple[Any, ...], x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float
-    ) -> Any:
-        """K networks are one with K times the channels and groups."""
-        k = info.batch_size
-        x = x.unsqueeze(1).expand(-1, k, *x.shape[1:]) if in_dims[0] is None else x.movedim(in_dims[0], 1)
-        scale, shift = (
-            v.repeat(k) if at is None else v.movedim(at, 0).flatten()
-            for v, at in zip((weight, bias), in_dims[1:3], strict=True)
-        )
-        found = _GroupNorm.apply(x.flatten(1, 2), scale, shift, k * groups, eps)
-        return tuple(v.unflatten(1, (k, -1)) for v in found), (1, 1, 1)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        return *_Derivative.apply(gradient, *ctx.saved_tensors, ctx.groups, ctx.eps), None, None
 
 
 class _Derivative(Function):
@@ -87,11 +68,11 @@ class _Derivative(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, groups: int
+        ctx: Any, y: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, groups: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         (n, c, *rest), x, y = x.shape, x.contiguous(), y.contiguous()
         ctx.save_for_backward(y, x, weight, mean, rstd)
-        ctx.groups = groups
+        ctx.groups, ctx.eps = groups, eps
         return torch.ops.aten.native_group_norm_backward(
             y, x, mean, rstd, weight, n, c, prod(rest), groups, [True, True, True]
         )
@@ -123,6 +104,9 @@ class _Derivative(Function):
             return v.expand(n, g, c // g).reshape(n * c, 1)
 
         w, to_w, to_b = (v.view(1, g, c // g) for v in (weight, a_weight, a_bias))
+        if torch.is_grad_enabled():  # a third derivative is wanted, to which these are functions of x
+            rows = x.view(n, g, -1)
+            mean, rstd = rows.mean(2), (rows.var(2, correction=0) + ctx.eps).rsqrt()
         mean, rstd = mean.view(n, g, 1), rstd.view(n, g, 1)
         sum_a, sum_y, ay = channels(a.sum(1)), channels(y.sum(1)), dot(a, y)
         az, yz = rstd * (dot(a, x) - mean * sum_a), rstd * (dot(y, x) - mean * sum_y)
@@ -136,4 +120,12 @@ class _Derivative(Function):
         for_y = torch.addcmul(each(to_b - rstd * w * e_a - mean * by_y), x, each(by_y)).addcmul_(a, each(rstd * w))
         for_x = torch.addcmul(each(constant), x, each(by_x)).addcmul_(y, each(by_y)).addcmul_(a, each(by_a))
         for_w = (rstd * (ay - sum_y * e_a - yz * e_az)).sum(0).view(c)
-        return for_y.view(ctx.saved_tensors[0].shape), for_x.view(ctx.saved_tensors[1].shape), for_w, None, None, None
+        return (
+            for_y.view(ctx.saved_tensors[0].shape),
+            for_x.view(ctx.saved_tensors[1].shape),
+            for_w,
+            None,
+            None,
+            None,
+            None,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -40,8 +41,7 @@ def call_flat(network: nn.Module, flat: Tensor, x: Any) -> Tensor:
         )
     parts = zip(shapes.items(), flat.split(sizes), strict=True)
     named = {name: part.view(shape) for (name, shape), part in parts}
-    with QuickGroupNorm():
-        return functional_call(network, named, (x,))
+    return functional_call(network, named, (x,))
 
 
 def unroll(
@@ -99,8 +99,7 @@ def unroll(
     w, m, found = start.detach().requires_grad_(), torch.zeros_like(start), {}
     graph = torch.is_grad_enabled()
     for i in range(steps):
-        with torch.enable_grad():
-            (g,) = torch.autograd.grad(inner(w, i, data), w, create_graph=graph)
+        g = _slope(inner, w, i, data, graph)
         m = momentum * m + g if momentum else g
         w = w - step_size * m
         if not graph:
@@ -108,6 +107,12 @@ def unroll(
         if i + 1 in marks:
             found[i + 1] = w
     return [found[k] if k else start for k in marks]
+
+
+def _slope(inner: Inner, w: Tensor, i: int, data: Tensor, graph: bool) -> Tensor:
+    """The gradient of a step's loss by the parameters, with a graph or without one."""
+    with torch.enable_grad(), QuickGroupNorm() if graph else nullcontext():
+        return torch.autograd.grad(inner(w, i, data), w, create_graph=graph)[0]
 
 
 class _Unrolled(torch.autograd.Function):
@@ -122,11 +127,7 @@ class _Unrolled(torch.autograd.Function):
         path, speeds, found = [], [], {}
         for i in range(steps):
             path.append(w)
-            with torch.enable_grad():
-                at = w.requires_grad_()
-                (g,) = torch.autograd.grad(inner(at, i, data.detach()), at)
-            w = w.detach()
-            path[-1] = w
+            g = _slope(inner, w.detach().requires_grad_(), i, data.detach(), graph=False)
             m = momentum * m + g if momentum else g
             if momentum:
                 speeds.append(m)
@@ -148,12 +149,10 @@ class _Unrolled(torch.autograd.Function):
             if arriving.get(i + 1) is not None:
                 pull_w = pull_w + arriving[i + 1]
             pull_m = momentum * pull_m - step_size * pull_w
-            with torch.enable_grad():
-                w, x = ctx.path[i].requires_grad_(), data.detach().requires_grad_()
-                (g,) = torch.autograd.grad(ctx.inner(w, i, x), w, create_graph=True)
-                wanted = (x, w) if i and not tesla else (x,)  # nobody asks for the gradient of the start
-                back = torch.autograd.grad(g, wanted, pull_m, allow_unused=True)
-            ctx.path[i].requires_grad_(False)
+            w, x = ctx.path[i].detach().requires_grad_(), data.detach().requires_grad_()
+            g = _slope(ctx.inner, w, i, x, graph=True)
+            wanted = (x, w) if i and not tesla else (x,)  # nobody asks for the gradient of the start
+            back = torch.autograd.grad(g, wanted, pull_m, allow_unused=True)
             to_size = to_size - (pull_w * (ctx.speeds[i] if momentum else g.detach())).sum()
             to_data = to_data + (0 if back[0] is None else back[0])
             if len(back) > 1 and back[1] is not None:
