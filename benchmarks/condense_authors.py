@@ -10,8 +10,8 @@
   no adjustment of weights; their loop leaves the network's own gradients on, and never clears them.
 
 That both differentiate the same loss is checked first. Ours is a whole run by the engine, longer less shorter, over the steps
-between. What is compared takes turns, each in a process of its own: what a process did before decides how much of the time the
-allocator takes, up to a fifth here. Times are of the process's CPU, on one thread.
+between. What is compared takes turns, each in a process of its own; freed memory is kept, as by the command line, for both sides.
+Times are of the process's CPU, on one thread.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from limbeck import Optim, Roles
+from limbeck.core.memory import keep_freed_memory
 from limbeck.core.roles import Role
 from limbeck.data import Data, TensorSource
 from limbeck.data.condensed import Condensed
@@ -221,6 +222,7 @@ def main() -> None:
     parser.add_argument("--alone", nargs=2, metavar=("PART", "NAME"), help="time one side, and say the seconds")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     result: dict[str, Any] = {"machine": machine("limbeck", "torchvision")}
     for part, loops in (("ftd", trajectories), ("dwa", statistics)):
         if given.alone and given.alone[0] != part:
