@@ -79,21 +79,29 @@ def seconds(call: Callable[[int], Any]) -> float:
     return (times[1] - times[0]) / (MANY - FEW)
 
 
+def peak() -> float:
+    """Of this process's memory, in MB; `ru_maxrss` would be that of the process which started it."""
+    (line,) = (v for v in Path("/proc/self/status").read_text().splitlines() if v.startswith("VmHWM"))
+    return round(int(line.split()[1]) * 1024 / 1e6, 1)
+
+
 def turns(part: str, given: argparse.Namespace) -> dict[str, Any]:
     """Both sides' times, one after another."""
     names = SIDES[part]
     times: dict[str, list[float]] = {name: [] for name in names}
+    peaks: dict[str, float] = {}
     call = [sys.executable, __file__, "--ftd", str(given.ftd), "--dwa", str(given.dwa), "--alone", part]
     for _ in range(given.rounds):
         for name in names:
-            told = subprocess.run([*call, name], check=True, stdout=subprocess.PIPE, text=True).stdout
-            times[name].append(float(told.split()[-1]))
+            told = subprocess.run([*call, name], check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+            times[name].append(float(told[-2]))
+            peaks[name] = float(told[-1])
     own = {
         f"theirs / ours, {name}": spread([a / b for a, b in zip(times["theirs"], times[name], strict=True)])
         for name in names
         if name != "theirs"
     }
-    return {"seconds of theirs": spread(times["theirs"]), **own}
+    return {"seconds of theirs": spread(times["theirs"]), "peak of the process in MB": peaks, **own}
 
 
 def gap(a: Tensor, b: Tensor) -> float:
@@ -219,7 +227,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=Path, required=True, help="a checkout")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--alone", nargs=2, metavar=("PART", "NAME"), help="time one side, and say the seconds")
+    parser.add_argument("--alone", nargs=2, metavar=("PART", "NAME"), help="one side: its seconds, and MB at the peak")
     given = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -229,7 +237,7 @@ def main() -> None:
             continue
         with loops(getattr(given, part)) as (apart, calls):
             if given.alone:
-                print(seconds(calls[given.alone[1]]))
+                print(seconds(calls[given.alone[1]]), peak())
                 return
             same = apart()
         result[part] = {"gap of the gradients": same, **turns(part, given)}
