@@ -55,13 +55,17 @@ def test_a_training_is_differentiated_as_torch_does_it():
 
 
 def test_other_calls_are_torchs(monkeypatch):
-    """Without scale and shift, and in another precision than theirs."""
+    """Without scale and shift, in another precision than theirs, and under `vmap`."""
     monkeypatch.setattr(_GroupNorm, "apply", None)
     x = torch.randn(2, 4, 3)
     with QuickGroupNorm():
         assert nn.GroupNorm(2, 4, affine=False)(x).equal(F.group_norm(x, 2))
         with torch.autocast("cpu"):
             assert nn.GroupNorm(2, 4)(x).dtype == F.group_norm(x, 2).dtype
+        scales, shifts = torch.randn(3, 4), torch.randn(3, 4)
+        found = torch.func.vmap(lambda weight, bias: F.group_norm(x, 2, weight, bias))(scales, shifts)
+        each = [F.group_norm(x, 2) * w.view(4, 1) + b.view(4, 1) for w, b in zip(scales, shifts, strict=True)]
+        torch.testing.assert_close(found, torch.stack(each))
         with pytest.raises(RuntimeError, match="divisible"):
             F.group_norm(x, 3, torch.ones(4), torch.zeros(4))
         with pytest.raises(TypeError):  # the usual case is not torch's

@@ -17,7 +17,7 @@ class QuickGroupNorm(TorchFunctionMode):
     """Within, `F.group_norm` gives what it always gives, and takes less time and memory to differentiate twice.
 
     torch writes the derivative as a dozen operations where it has to be differentiated again, and keeps what each of them needs;
-    here it is torch's one kernel, and the second derivative is written out (`_Derivative.backward`). Not for `vmap`.
+    here it is torch's one kernel, and the second derivative is written out (`_Derivative.backward`).
 
     Example:
         >>> norm, x = torch.nn.GroupNorm(2, 4), torch.randn(3, 4, 5)
@@ -36,10 +36,11 @@ class QuickGroupNorm(TorchFunctionMode):
 def _group_norm(
     input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
-    """`F.group_norm`, by the function below where it is the usual case: with scale and shift, all in one precision."""
+    """`F.group_norm`, by the function below where it is the usual case: scale and shift, one precision, no `torch.func`."""
     usual = (
         weight is not None and bias is not None and input.dtype == weight.dtype == bias.dtype
         and input.shape[1] % num_groups == 0 and input.numel() > 0 and not torch.is_autocast_enabled(input.device.type)
+        and not torch._C._are_functorch_transforms_active()
     )  # fmt: skip
     if not usual:
         return F.group_norm(input, num_groups, weight, bias, eps)
@@ -120,12 +121,5 @@ class _Derivative(Function):
         for_y = torch.addcmul(each(to_b - rstd * w * e_a - mean * by_y), x, each(by_y)).addcmul_(a, each(rstd * w))
         for_x = torch.addcmul(each(constant), x, each(by_x)).addcmul_(y, each(by_y)).addcmul_(a, each(by_a))
         for_w = (rstd * (ay - sum_y * e_a - yz * e_az)).sum(0).view(c)
-        return (
-            for_y.view(ctx.saved_tensors[0].shape),
-            for_x.view(ctx.saved_tensors[1].shape),
-            for_w,
-            None,
-            None,
-            None,
-            None,
-        )
+        y, x = ctx.saved_tensors[:2]
+        return for_y.view(y.shape), for_x.view(x.shape), for_w, None, None, None, None
