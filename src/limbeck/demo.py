@@ -113,6 +113,11 @@ class Demo:
         began = time.perf_counter()
         self.models = {"teacher": self._measure(self.teacher, "test")}
         self.judging = time.perf_counter() - began
+        if (least := time.perf_counter() - self.began + self._apart()) > 0.7 * self.seconds:
+            self.say(
+                f"reading, judging and exporting take about {least:.0f} s by themselves here, of a budget of "
+                f"{self.seconds:.0f} s: it will take longer, and the students train for a few steps"
+            )
         self.say("making the students out of the teacher")
         self.students = {
             name: cast(SentenceEncoder, c.how(self.corpus)(self.teacher)[0]) for name, c in CANDIDATES.items()
@@ -153,14 +158,18 @@ class Demo:
             self._write_plan()
         return self.plan["texts"]
 
+    def _apart(self, students: int = len(CANDIDATES)) -> float:
+        """Seconds that judging so many students and exporting will take."""
+        return (
+            EXPORT_SECONDS + 0.6 * self.judging * students
+        )  # judged three times, several times as fast as the teacher
+
     def _steps(self, name: str) -> int:
         """How many steps fit into a candidate's share of the time that is left."""
         if name not in self.plan["steps"]:
             names = list(CANDIDATES)
             waiting = names[names.index(name) :]
-            left = self.seconds - (time.perf_counter() - self.began) - EXPORT_SECONDS
-            # Each student is judged three times, and is several times as fast as the teacher.
-            left -= 0.6 * self.judging * len(waiting)
+            left = self.seconds - (time.perf_counter() - self.began) - self._apart(len(waiting))
             share = CANDIDATES[name].share / sum(CANDIDATES[n].share for n in waiting)
             step = self._seconds_per_step(name, CANDIDATES[name])
             self.plan["steps"][name] = max(5, int(max(left, 0.1 * self.seconds) * share / step))

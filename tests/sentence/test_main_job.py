@@ -29,7 +29,7 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "throughputs", lambda encoders, texts: dict(zip(encoders, (1.0, 3.0, 99.0), strict=True)))
 
 
-def test_it_leaves_what_it_promises_and_goes_on_where_it_stopped(tiny, tmp_path):
+def test_it_leaves_what_it_promises_and_goes_on_where_it_stopped(tiny, tmp_path, capsys):
     out = demo.main_job("6s", tmp_path / "run", progress="off")
     metrics = json.loads((out / "metrics.json").read_text())
     assert [c["name"] for c in metrics["candidates"]] == ["layers:2", "static"]
@@ -40,7 +40,8 @@ def test_it_leaves_what_it_promises_and_goes_on_where_it_stopped(tiny, tmp_path)
     student = SentenceTransformer(str(out / "student"), device="cpu")
     assert sum(p.numel() for p in student.parameters()) <= chosen["parameters"]
     plan = (out / "plan.json").read_text()
-    demo.main_job("6s", tmp_path / "run", progress="off")  # all is done already: the plan and the numbers stay
+    demo.main_job("6s", tmp_path / "run", progress="lines")  # all is done already: the plan and the numbers stay
+    assert "of a budget of 6 s: it will take longer" in "".join(capsys.readouterr())
     assert (out / "plan.json").read_text() == plan
     again = json.loads((out / "metrics.json").read_text())
     assert again["models"] == metrics["models"]
