@@ -225,6 +225,14 @@ def test_parts_of_a_batch_of_segments_are_its_mean(tmp_path):
     assert following.loss(m, experts, batch) != whole
 
 
+def test_a_batch_of_as_many_segments_as_samples_is_told(tmp_path):
+    train_experts(network(), source(), tmp_path, SMALL)
+    m = Roles(teacher=network(), student=Condensed(source(6).x, torch.arange(6) % 3, step_size=0.1))
+    experts, segments = Trajectories(tmp_path, network(), SMALL), Segments(3, 1)
+    with pytest.warns(UserWarning, match="32 segments in a batch are as many trainings of 1 steps"):
+        Following(1, 1).loss(m, experts, segments.batch(torch.arange(32) % 3, 0))
+
+
 def test_all_samples_are_seen_before_one_is_again():
     rows = Following(student_steps=5, batch_size=4)._rows(8, key=3)
     assert [len(r) for r in rows] == [4] * 5

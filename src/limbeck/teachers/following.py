@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,11 @@ class Following:
         """
         condensed = m.student.module
         assert isinstance(condensed, Condensed)
+        if len(batch.expert) >= 32:  # as many as a batch of samples usually has: nobody has thought about it
+            warnings.warn(
+                f"{len(batch.expert)} segments in a batch are as many trainings of {self.student_steps} steps for each update; "
+                "the papers have one: engine.batch_size=1", stacklevel=2,
+            )  # fmt: skip
         images, network = m.student(None), whole(m.teacher, m.teacher.module)
         size = condensed.step_size
         assert size is not None
