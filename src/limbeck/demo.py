@@ -159,10 +159,8 @@ class Demo:
         return self.plan["texts"]
 
     def _apart(self, students: int = len(CANDIDATES)) -> float:
-        """Seconds that judging so many students and exporting will take."""
-        return (
-            EXPORT_SECONDS + 0.6 * self.judging * students
-        )  # judged three times, several times as fast as the teacher
+        """Seconds of exporting and of judging so many students, three times each; the teacher takes several times as long."""
+        return EXPORT_SECONDS + 0.6 * self.judging * students
 
     def _steps(self, name: str) -> int:
         """How many steps fit into a candidate's share of the time that is left."""
